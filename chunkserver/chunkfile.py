@@ -166,7 +166,7 @@ def encode_entry(
 
 
 def decode_entry(data: bytes | bytearray | memoryview, offset: int = 0) -> Entry:
-    return Entry(*_ENTRY.unpack_from(data, offset), _U32.unpack_from(data, offset + ENTRY_BYTES - 4)[0])
+    return Entry._make((*_ENTRY.unpack_from(data, offset), *_U32.unpack_from(data, offset + ENTRY_BYTES - 4)))
 
 
 def decode_entries(data: bytes | bytearray | memoryview) -> list[Entry]:

@@ -1,0 +1,794 @@
+"""What can be asked of the metaserver: by mounts over the data plane (first part), and over HTTP/JSON (second part).
+
+Times are ns since 1970, signed. Names, symlink targets and xattr values are bytes. Offsets, lengths and sizes are in
+bytes. ``mode`` includes the file type (``S_IFMT``). Ids are 64-bit and never reused.
+
+Changes carry an operation number in their envelope (see ``wire.Request``) and happen once per number.
+"""
+
+from enum import IntEnum, IntFlag
+
+import msgspec
+
+from metaserver.wire import Empty, Message, Method
+
+ROLE = "metaserver"
+CLIENT_ROLE = "client"
+ROOT_INO = 1
+NAME_MAX = 255
+SYMLINK_MAX = 4095
+XATTR_NAME_MAX = 255
+XATTR_VALUE_MAX = 64 << 10
+XATTR_LIST_MAX = 64 << 10
+# ext4 has 65,000; the counter here is 32-bit.
+LINK_MAX = 0x7FFFFFFF
+FILE_SIZE_MAX = (1 << 63) - 1
+# One page of a listing or an extent map: its encoding stays well below wire.BODY_LIMIT.
+PAGE_ENTRIES = 1000
+# One commit: at most so many extents and files in all, so that its transaction stays below 4,096 rows.
+COMMIT_EXTENTS = 1000
+# Extents that ride along with lookup and open; longer maps are fetched with GET_EXTENTS.
+INLINE_EXTENTS = 16
+CHUNK_CAPACITY = 64 << 20
+
+# -- data plane: what things look like ---------------------------------------------------------------------------
+
+
+class Attributes(Message):
+    """An inode as the metaserver knows it. ``allocated`` is the number of bytes its extents cover.
+
+    ``data_version`` grows with every change to the contents or size, so that a mount can keep what it has cached.
+    """
+
+    ino: int
+    mode: int
+    uid: int
+    gid: int
+    nlink: int
+    size: int
+    allocated: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    btime_ns: int
+    rdev: int
+    generation: int
+    truncate_generation: int
+    data_version: int
+
+
+class Extent(Message):
+    """``length`` bytes of a file from ``file_offset`` on are in ``chunk`` from logical ``chunk_offset`` on."""
+
+    file_offset: int
+    length: int
+    chunk: int
+    chunk_offset: int
+
+
+class ChunkPlace(Message):
+    """Where a chunk's good replicas are, the best to read from first."""
+
+    chunk: int
+    servers: tuple[int, ...]
+
+
+class FileMap(Message):
+    """Part of a file's extents, sorted; holes have none. ``end`` is the file offset up to which it is complete."""
+
+    extents: tuple[Extent, ...]
+    places: tuple[ChunkPlace, ...]
+    end: int
+
+
+class Entry(Message):
+    """An inode, with its extents if the map is short (``map`` complete), and the target if it is a symlink."""
+
+    attributes: Attributes
+    map: FileMap | None = None
+    target: bytes = b""
+
+
+class DirectoryEntry(Message):
+    """``cookie`` continues the listing after this entry; ``attributes`` is there only if asked for."""
+
+    name: bytes
+    ino: int
+    type: int
+    cookie: int
+    attributes: Attributes | None = None
+
+
+class ServerAddress(Message):
+    """A chunkserver as others need it: the data plane's address and the state (``ServerState``)."""
+
+    server: int
+    host: str
+    port: int
+    rack: str
+    state: int
+
+
+class ServerState(IntEnum):
+    """UP; three heartbeats missed (DOWN); missing for ``lost_after`` (LOST); being emptied (DRAINING)."""
+
+    UP = 1
+    DOWN = 2
+    LOST = 3
+    DRAINING = 4
+
+
+class ChunkState(IntEnum):
+    OPEN = 1
+    SEALED = 2
+    DEAD = 3
+
+
+class ReplicaState(IntEnum):
+    """GOOD counts as a copy; UNSURE does not until its next report; COPYING and DELETING are orders under way."""
+
+    GOOD = 1
+    UNSURE = 2
+    COPYING = 3
+    DELETING = 4
+    BAD = 5
+
+
+# -- data plane: sessions ----------------------------------------------------------------------------------------
+
+
+class Opened(Message):
+    ino: int
+    writing: bool
+
+
+class LastNumber(Message):
+    """The newest change of an earlier ``epoch`` that survived."""
+
+    epoch: int
+    number: int
+
+
+class OpenSession(Message):
+    """Starts a session, or returns to ``session`` (0: a new one). ``subdirectory`` becomes the root (``/`` paths).
+
+    A returning client goes on with DECLARE pages of what it has open, RESEND pages, and then RESUME_DONE, before
+    anything else; a new one starts at once. STALE_SESSION: it was evicted, start a new one.
+    """
+
+    session: int
+    host: str
+    mountpoint: str
+    pid: int
+    subdirectory: bytes
+    read_only: bool
+
+
+class SessionOpened(Message):
+    """``survived`` tells which answered changes of the epochs before this one need to be sent again."""
+
+    session: int
+    epoch: int
+    cluster_id: str
+    root: Attributes
+    survived: tuple[LastNumber, ...]
+    server_time_ns: int
+    keep_alive_seconds: float
+    deadline_seconds: float
+    copies: int
+
+
+class Declare(Message):
+    """What the client has open, after a reconnection."""
+
+    opened: tuple[Opened, ...]
+    withdrawn: tuple[int, ...]
+
+
+class Lost(Message):
+    """One change to be done again: its operation number, method and encoded ``wire.Request`` (with ``replay`` set if
+    it had been answered)."""
+
+    operation: int
+    method: int
+    request: bytes
+
+
+class Resend(Message):
+    """Changes to be done again, in the order of their operation numbers."""
+
+    changes: tuple[Lost, ...]
+
+
+class Resent(Message):
+    """Answer to one resent change: an encoded ``wire.Response``, or a code and text (as in an ERROR frame)."""
+
+    operation: int
+    response: bytes
+    code: int
+    text: str
+
+
+class ResumeDone(Message):
+    """Everything is declared and resent; answered when the reconnect window has closed."""
+
+
+class Resumed(Message):
+    """Answers to everything that was resent."""
+
+    results: tuple[Resent, ...]
+
+
+class KeepAlive(Message):
+    """``acknowledged``: answers to operations up to this number have arrived and may be forgotten."""
+
+    acknowledged: int
+    dirty_bytes: int
+
+
+class KeptAlive(Message):
+    server_time_ns: int
+
+
+class Sync(Message):
+    """Answered when the log is on stable storage up to ``number`` of this epoch."""
+
+    number: int
+
+
+# -- data plane: names and attributes ----------------------------------------------------------------------------
+
+
+class Lookup(Message):
+    """``name`` may be ``..`` (for NFS-like access by inode); ``.`` is the directory itself."""
+
+    parent: int
+    name: bytes
+
+
+class GetAttributes(Message):
+    ino: int
+
+
+class SetAttributes(Message):
+    """Changes what is not None. ``*_now`` takes the metaserver's clock. A changed ``size`` counts up the truncate
+    generation and the data version, frees extents past it and updates mtime and ctime."""
+
+    ino: int
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    atime_now: bool = False
+    mtime_now: bool = False
+    ctime_ns: int | None = None
+
+
+class ReadDirectory(Message):
+    """A page of a directory after ``cookie`` (0: from the start). ``.`` and ``..`` are not part of it.
+
+    Cookies are stable: an entry that exists during the whole listing is returned exactly once.
+    """
+
+    ino: int
+    cookie: int
+    count: int
+    attributes: bool
+
+
+class DirectoryPage(Message):
+    entries: tuple[DirectoryEntry, ...]
+    end: bool
+
+
+class Make(Message):
+    """Creates a directory entry with a new inode: any type of ``mode``. ``target`` for symlinks, ``rdev`` for devices.
+
+    ``open`` also registers the new file as opened for writing by this session. With ``exclusive`` false an existing
+    regular file is opened instead (its attributes come back, nothing is changed).
+    """
+
+    parent: int
+    name: bytes
+    mode: int
+    uid: int
+    gid: int
+    rdev: int = 0
+    target: bytes = b""
+    open: bool = False
+    exclusive: bool = True
+
+
+class Made(Message):
+    entry: Entry
+    created: bool
+
+
+class Unlink(Message):
+    """Removes a name; ``directory`` says whether rmdir or unlink was asked for. ``uid`` is for the sticky bit."""
+
+    parent: int
+    name: bytes
+    directory: bool
+
+
+class Unlinked(Message):
+    """The inode whose name it was and how many names remain; ``orphan``: it lives until it is closed."""
+
+    ino: int
+    nlink: int
+    orphan: bool
+
+
+class RenameFlags(IntFlag):
+    NONE = 0
+    NOREPLACE = 1
+    EXCHANGE = 2
+
+
+class Rename(Message):
+    parent: int
+    name: bytes
+    new_parent: int
+    new_name: bytes
+    flags: int
+
+
+class Renamed(Message):
+    """The inode that moved, and the one that lost its name by it (0: none)."""
+
+    ino: int
+    replaced: int
+    replaced_nlink: int
+
+
+class Link(Message):
+    ino: int
+    new_parent: int
+    new_name: bytes
+
+
+class GetXattr(Message):
+    ino: int
+    name: bytes
+
+
+class XattrValue(Message):
+    value: bytes
+
+
+class XattrFlags(IntFlag):
+    NONE = 0
+    CREATE = 1
+    REPLACE = 2
+
+
+class SetXattr(Message):
+    ino: int
+    name: bytes
+    value: bytes
+    flags: int
+
+
+class ListXattrs(Message):
+    ino: int
+
+
+class XattrNames(Message):
+    names: tuple[bytes, ...]
+
+
+class RemoveXattr(Message):
+    ino: int
+    name: bytes
+
+
+class Open(Message):
+    """Registers that this session has ``ino`` open; needed once per inode and session, again to go from reading to
+    writing. Other sessions' unflushed data is fetched first (FLUSH). Answers with the up-to-date attributes and map."""
+
+    ino: int
+    writing: bool
+
+
+class Close(Message):
+    """Inodes of which this session has no descriptor left, and no dirty data."""
+
+    inos: tuple[int, ...]
+
+
+class GetExtents(Message):
+    """A page of a file's map from ``offset`` on, as far as ``offset + length``."""
+
+    ino: int
+    offset: int
+    length: int
+
+
+class StatFs(Message):
+    ino: int
+
+
+class FsStats(Message):
+    """``total`` and ``free`` are bytes that can be stored at the configured number of copies."""
+
+    total: int
+    free: int
+    inodes: int
+
+
+# -- data plane: chunks ------------------------------------------------------------------------------------------
+
+
+class Allocate(Message):
+    """Asks for a new chunk to write; ``avoid`` are servers that just failed this client."""
+
+    host: str
+    avoid: tuple[int, ...]
+
+
+class Allocated(Message):
+    """An OPEN chunk owned by this session, ``CHUNK_CAPACITY`` reserved for it on each of ``servers``, in the order in
+    which appends pass through them. Fewer servers than copies: not enough are up, repair follows."""
+
+    chunk: int
+    servers: tuple[ServerAddress, ...]
+    copies: int
+
+
+class ChunkProgress(Message):
+    """What of a chunk is on stable storage on all its replicas: stored length, entries, and their chain."""
+
+    chunk: int
+    length: int
+    entries: int
+    chain: int
+
+
+class FileCommit(Message):
+    """New contents of one inode. The file extends to at least ``extends_to``; ``mtime_ns`` None leaves times alone.
+
+    ``extents`` refer to chunks of this session; bytes they cover replace what was there.
+    """
+
+    ino: int
+    truncate_generation: int
+    extends_to: int
+    mtime_ns: int | None
+    extents: tuple[Extent, ...]
+
+
+class Commit(Message):
+    """Makes written data part of files, all at once. NOT_OWNER if a chunk is not this session's, INVALID if a range is
+    past its progress; a file that is gone (STALE_INODE) is skipped and listed in the answer."""
+
+    chunks: tuple[ChunkProgress, ...]
+    files: tuple[FileCommit, ...]
+
+
+class Committed(Message):
+    """Attributes of the files after the commit, in the order asked; inos of files that are gone."""
+
+    attributes: tuple[Attributes, ...]
+    gone: tuple[int, ...]
+
+
+class Seal(Message):
+    """Ends an OPEN chunk at its committed length. ``failed`` replicas become UNSURE."""
+
+    chunk: int
+    failed: tuple[int, ...]
+
+
+class Locate(Message):
+    """Asks again where chunks are, after a read failed everywhere."""
+
+    chunks: tuple[int, ...]
+
+
+class Located(Message):
+    """Chunks that no longer exist are left out."""
+
+    places: tuple[ChunkPlace, ...]
+
+
+class Servers(Message):
+    servers: tuple[ServerAddress, ...]
+
+
+class ReportReplica(Message):
+    """A replica that answered with wrong bytes or not at all (an ``ErrorCode``)."""
+
+    chunk: int
+    server: int
+    code: int
+    text: str
+
+
+# -- data plane: pushes to the client ----------------------------------------------------------------------------
+
+
+class Flush(Message):
+    """Another session wants to see ``inos``: commit what is dirty, then answer with FLUSHED and the same ``ticket``."""
+
+    ticket: int
+    inos: tuple[int, ...]
+
+
+class Flushed(Message):
+    ticket: int
+
+
+class Changed(Message):
+    """Another session changed these inodes or the entries of these directories: drop what is cached."""
+
+    inos: tuple[int, ...]
+
+
+OPEN_SESSION = Method(1, "open_session", OpenSession, SessionOpened)
+DECLARE = Method(2, "declare", Declare, Empty)
+RESEND = Method(3, "resend", Resend, Empty)
+RESUME_DONE = Method(4, "resume_done", ResumeDone, Resumed)
+KEEP_ALIVE = Method(5, "keep_alive", KeepAlive, KeptAlive)
+CLOSE_SESSION = Method(6, "close_session", Empty, Empty)
+SYNC = Method(7, "sync", Sync, Empty)
+
+LOOKUP = Method(10, "lookup", Lookup, Entry)
+GET_ATTRIBUTES = Method(11, "get_attributes", GetAttributes, Entry)
+SET_ATTRIBUTES = Method(12, "set_attributes", SetAttributes, Attributes)
+READ_DIRECTORY = Method(13, "read_directory", ReadDirectory, DirectoryPage)
+MAKE = Method(14, "make", Make, Made)
+UNLINK = Method(15, "unlink", Unlink, Unlinked)
+RENAME = Method(16, "rename", Rename, Renamed)
+LINK = Method(17, "link", Link, Attributes)
+GET_XATTR = Method(18, "get_xattr", GetXattr, XattrValue)
+SET_XATTR = Method(19, "set_xattr", SetXattr, Empty)
+LIST_XATTRS = Method(20, "list_xattrs", ListXattrs, XattrNames)
+REMOVE_XATTR = Method(21, "remove_xattr", RemoveXattr, Empty)
+OPEN = Method(22, "open", Open, Entry)
+CLOSE = Method(23, "close", Close, Empty)
+GET_EXTENTS = Method(24, "get_extents", GetExtents, FileMap)
+STAT_FS = Method(25, "stat_fs", StatFs, FsStats)
+
+ALLOCATE = Method(40, "allocate", Allocate, Allocated)
+COMMIT = Method(41, "commit", Commit, Committed)
+SEAL = Method(42, "seal", Seal, Empty)
+LOCATE = Method(43, "locate", Locate, Located)
+LIST_SERVERS = Method(44, "list_servers", Empty, Servers)
+REPORT_REPLICA = Method(45, "report_replica", ReportReplica, Empty)
+
+FLUSH = Method(60, "flush", Flush, Empty)
+FLUSHED = Method(61, "flushed", Flushed, Empty)
+CHANGED = Method(62, "changed", Changed, Empty)
+
+# Methods that change metadata: they carry an operation number, are logged, and are resent when lost.
+CHANGES = frozenset(
+    method.number
+    for method in (SET_ATTRIBUTES, MAKE, UNLINK, RENAME, LINK, SET_XATTR, REMOVE_XATTR, ALLOCATE, COMMIT, SEAL)
+)
+
+# -- control plane: HTTP/JSON ------------------------------------------------------------------------------------
+# POST /v1/servers/register          Register -> Registered
+# POST /v1/servers/{server}/report   ReportPage -> Empty JSON object; pages in order, before heartbeats count
+# POST /v1/servers/{server}/heartbeat  Heartbeat -> HeartbeatReply
+# GET  /v1/status                    Status (what `dfs status` shows)
+# GET  /v1/chunks/{ino}              chunk map of a file;  GET /v1/check, /metrics, /health (without a token)
+# Errors are a 4xx or 5xx with {"code": ErrorCode name, "text": one line}.
+
+HTTP_BODY_LIMIT = 4 << 20
+REPORT_PAGE = 5000
+
+
+class Json(msgspec.Struct, forbid_unknown_fields=False):
+    """Base of what travels as a JSON object."""
+
+
+class Register(Json):
+    """A chunkserver's start. ``incarnation`` is new in each life of the process; ``cluster_id`` is "" on a first start.
+
+    ``highest_epoch`` and ``highest_chunk`` are the largest ever seen there: they prove a metaserver's rollback.
+    """
+
+    server: int
+    name: str
+    cluster_id: str
+    incarnation: int
+    host: str
+    port: int
+    http_port: int
+    rack: str
+    labels: list[str]
+    data_path: str
+    capacity: int
+    free: int
+    highest_epoch: int
+    highest_chunk: int
+    version: int
+
+
+class Registered(Json):
+    cluster_id: str
+    epoch: int
+    heartbeat_seconds: float
+
+
+class ReplicaReport(Json):
+    """One replica as found on disk. ``sealed`` as in the file's header; ``created_here``: by the reporting process, so
+    that it still accepts appends; ``error`` is an ``ErrorCode`` name if the replica is known to be bad."""
+
+    chunk: int
+    length: int
+    entries: int
+    chain: int
+    sealed: bool
+    error: str = ""
+
+
+class ReportPage(Json):
+    """Full listing at registration, sorted by chunk, at most ``REPORT_PAGE`` replicas a page."""
+
+    incarnation: int
+    page: int
+    last: bool
+    replicas: list[ReplicaReport]
+
+
+class OrderKind(IntEnum):
+    COPY = 1
+    DELETE = 2
+    SEAL = 3
+    VERIFY = 4
+
+
+class Order(Json):
+    """What the metaserver wants done. ``order`` is unique per epoch; orders on one chunk come one at a time.
+
+    COPY: take the sealed chunk from ``source``. SEAL: cut to length, entries and chain, mark sealed (fail if shorter
+    or different). DELETE: remove. Refused if ``epoch`` is below the highest the chunkserver has stored.
+    """
+
+    order: int
+    epoch: int
+    kind: OrderKind
+    chunk: int
+    length: int = 0
+    entries: int = 0
+    chain: int = 0
+    source_server: int = 0
+    source_host: str = ""
+    source_port: int = 0
+
+
+class OrderResult(Json):
+    """``error`` is "" or an ``ErrorCode`` name; ``replica`` is the state after the order, if there is one."""
+
+    order: int
+    epoch: int
+    error: str
+    text: str = ""
+    replica: ReplicaReport | None = None
+
+
+class Heartbeat(Json):
+    """``number`` counts from 1 in each incarnation; ``changes`` and ``results`` since the last acknowledged one."""
+
+    incarnation: int
+    number: int
+    capacity: int
+    free: int
+    chunks: int
+    disk_state: str
+    changes: list[ReplicaReport]
+    gone: list[int]
+    results: list[OrderResult]
+    read_bytes: int
+    written_bytes: int
+
+
+class HeartbeatReply(Json):
+    """``register_again``: this metaserver does not know the incarnation (it restarted): register and report anew."""
+
+    epoch: int
+    acknowledged: int
+    register_again: bool
+    orders: list[Order]
+
+
+class ServerStatus(Json):
+    server: int
+    name: str
+    state: str
+    host: str
+    port: int
+    http_port: int
+    rack: str
+    data_path: str
+    capacity: int
+    free: int
+    reserved: int
+    chunks: int
+    last_heartbeat_seconds: float
+
+
+class SessionStatus(Json):
+    session: int
+    host: str
+    mountpoint: str
+    connected: bool
+    idle_seconds: float
+    opened: int
+    dirty_bytes: int
+
+
+class ChunkHealth(Json):
+    """Number of live chunks by how many good copies they have against what is wanted."""
+
+    total: int
+    healthy: int
+    too_few: int
+    missing: int
+    open: int
+    dead: int
+
+
+class Status(Json):
+    cluster_id: str
+    epoch: int
+    number: int
+    durable: int
+    version: str
+    copies: int
+    up_seconds: float
+    window_open: bool
+    servers: list[ServerStatus]
+    sessions: list[SessionStatus]
+    chunks: ChunkHealth
+    inodes: int
+    total: int
+    free: int
+    tasks: int
+    orders: int
+
+
+class ReplicaStatus(Json):
+    server: int
+    name: str
+    host: str
+    http_port: int
+    state: str
+    path: str
+
+
+class ExtentStatus(Json):
+    """One row of ``dfs chunks``."""
+
+    index: int
+    file_offset: int
+    length: int
+    chunk: str
+    chunk_offset: int
+    chunk_state: str
+    replicas: list[ReplicaStatus]
+
+
+class FileStatus(Json):
+    ino: int
+    size: int
+    mtime_ns: int
+    extents: list[ExtentStatus]
+
+
+class Problem(Json):
+    """One finding of ``check``: what invariant, where, in words."""
+
+    table: str
+    key: str
+    text: str
+
+
+class CheckReport(Json):
+    rows: int
+    problems: list[Problem]
+    seconds: float
