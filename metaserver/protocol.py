@@ -38,6 +38,7 @@ class Attributes(Message):
     """An inode as the metaserver knows it. ``allocated`` is the number of bytes its extents cover.
 
     ``data_version`` grows with every change to the contents or size, so that a mount can keep what it has cached.
+    ``flags`` are :class:`InodeFlags`.
     """
 
     ino: int
@@ -55,6 +56,14 @@ class Attributes(Message):
     generation: int
     truncate_generation: int
     data_version: int
+    flags: int
+
+
+class InodeFlags(IntFlag):
+    """HAS_XATTRS unset lets a mount answer ENODATA without asking (the kernel asks before every write)."""
+
+    NONE = 0
+    HAS_XATTRS = 1
 
 
 class Extent(Message):
