@@ -1,0 +1,223 @@
+"""What both kinds of server need to serve HTTP/JSON and to live under systemd.
+
+Errors are a 4xx or 5xx with ``{"code": ErrorCode name, "text": one line}``. Everything but ``open_paths`` needs
+``Authorization: Bearer <key.http_token>``.
+"""
+
+import hmac
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
+
+import hypercorn.typing
+import msgspec
+import structlog
+import trio
+from hypercorn.config import Config, Sockets
+from hypercorn.trio.run import worker_serve
+from hypercorn.utils import wrap_app
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from metaserver.errors import DfsError, ErrorCode
+from metaserver.key import ClusterKey
+from metaserver.protocol import HTTP_BODY_LIMIT
+from metaserver.transport import DEAD_PEER_SECONDS, listen
+
+log = structlog.get_logger(__name__)
+
+# Between requests; heartbeats come every second or so and should find their connection open.
+KEEP_ALIVE_SECONDS = 75
+# While a request's body is on its way, and while its answer is being made: a check of everything may take minutes.
+READ_SECONDS = 900
+
+ReadT = TypeVar("ReadT")
+
+_STATUS = {
+    ErrorCode.NOT_FOUND: 404,
+    ErrorCode.NO_SUCH_CHUNK: 404,
+    ErrorCode.INVALID: 400,
+    ErrorCode.PROTOCOL: 400,
+    ErrorCode.BAD_KEY: 401,
+    ErrorCode.NOT_SUPPORTED: 405,
+    ErrorCode.ARGUMENT_TOO_BIG: 413,
+    ErrorCode.INTERNAL: 500,
+    ErrorCode.IO: 500,
+    ErrorCode.UNAVAILABLE: 503,
+    ErrorCode.TIMEOUT: 504,
+    ErrorCode.NO_SPACE: 507,
+    ErrorCode.DISK_FULL: 507,
+}
+_FROM_STATUS = {404: ErrorCode.NOT_FOUND, 405: ErrorCode.NOT_SUPPORTED, 413: ErrorCode.ARGUMENT_TOO_BIG}
+
+
+def json_reply(value: Any, status: int = 200) -> Response:
+    """An answer with ``value`` (anything msgspec encodes) as JSON."""
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def error_reply(error: DfsError) -> Response:
+    """The answer that stands for ``error``; a conflict with the state of things (409) unless the code says better."""
+    return json_reply({"code": error.code.name, "text": error.text}, _STATUS.get(error.code, 409))
+
+
+async def read_json(request: Request, type_: type[ReadT]) -> ReadT:
+    """The body of a request; INVALID unless it is JSON for ``type_``."""
+    body = await request.body()
+    try:
+        return msgspec.json.decode(body, type=type_)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise DfsError(ErrorCode.INVALID, f"malformed request: {error}") from None
+
+
+class _Guard:
+    """ASGI middleware: token, bound on the body, and no exception without an answer."""
+
+    def __init__(self, app: ASGIApp, key: ClusterKey | None, open_paths: tuple[str, ...], body_limit: int) -> None:
+        self._app = app
+        self._expected = None if key is None else f"Bearer {key.http_token}".encode()
+        self._open_paths = open_paths
+        self._body_limit = body_limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+        taken = 0
+
+        async def sending(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        async def receiving() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            self._check_length(taken)
+            return message
+
+        try:
+            self._admit(scope)
+            await self._app(scope, receiving, sending)
+        except DfsError as error:
+            if started:
+                raise
+            await error_reply(error)(scope, receive, send)
+        except Exception:
+            log.exception("request failed", path=scope["path"])
+            if not started:
+                text = "the server met an unexpected condition; see its log"
+                await error_reply(DfsError(ErrorCode.INTERNAL, text))(scope, receive, send)
+
+    def _admit(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
+        if self._expected is not None and scope["path"] not in self._open_paths:
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                raise DfsError(ErrorCode.BAD_KEY, "this needs the token of the cluster key")
+        length = headers.get(b"content-length", b"0")
+        self._check_length(int(length) if length.isdigit() else 0)
+
+    def _check_length(self, length: int) -> None:
+        if length > self._body_limit:
+            raise DfsError(ErrorCode.ARGUMENT_TOO_BIG, f"a body of more than {self._body_limit} bytes")
+
+
+async def _http_exception(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = _FROM_STATUS.get(error.status_code, ErrorCode.INVALID)
+    return json_reply({"code": code.name, "text": error.detail}, error.status_code)
+
+
+async def _dfs_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, DfsError)
+    return error_reply(error)
+
+
+def protected(
+    routes: Sequence[BaseRoute],
+    key: ClusterKey | None,
+    open_paths: tuple[str, ...] = ("/health",),
+    *,
+    body_limit: int = HTTP_BODY_LIMIT,
+) -> Starlette:
+    """An application of ``routes`` behind the token of ``key`` (None: no token; then listen on loopback only).
+
+    Handlers are ``async def``, raise :class:`DfsError` and answer with :func:`json_reply`.
+    """
+    return Starlette(
+        routes=list(routes),
+        middleware=[Middleware(_Guard, key=key, open_paths=open_paths, body_limit=body_limit)],
+        exception_handlers={HTTPException: _http_exception, DfsError: _dfs_error},
+    )
+
+
+async def run_http(
+    app: ASGIApp, host: str, port: int, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Serves until cancelled; use with ``nursery.start``, which returns the port (chosen by the system for 0).
+
+    Raises ``OSError`` if it cannot listen there.
+    """
+    listener = listen(host, port)
+    # Inherited by what is accepted; bounds hypercorn's shielded sends to a client that stopped reading.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_SECONDS * 1000)
+    config = Config()
+    config.errorlog = logging.getLogger("hypercorn.error")
+    config.loglevel = "WARNING"
+    logging.getLogger("hypercorn.error").setLevel(logging.WARNING)
+    config.keep_alive_timeout = KEEP_ALIVE_SECONDS
+    config.read_timeout = READ_SECONDS
+    config.include_server_header = False
+    try:
+        async with trio.open_nursery() as nursery:
+            sockets = Sockets([], [listener], [])
+            wrapped = wrap_app(cast(hypercorn.typing.ASGIFramework, app), config.wsgi_max_body_size, "asgi")
+            bound = listener.getsockname()[1]
+
+            async def run(*, task_status: trio.TaskStatus[Any]) -> None:
+                await worker_serve(wrapped, config, sockets=sockets, task_status=task_status)
+
+            await nursery.start(run)
+            task_status.started(bound)
+    finally:
+        listener.close()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server that listens on ``host`` can be reached from this machine only."""
+    try:
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return bool(host) and all(address == "::1" or address.startswith("127.") for address in addresses)
+
+
+def notify_systemd(state: str) -> None:
+    """Tells the service manager, if there is one: ``READY=1``, ``STOPPING=1``, ``WATCHDOG=1`` (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return
+    address = "\0" + path[1:] if path.startswith("@") else path
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.sendto(state.encode(), socket.MSG_DONTWAIT, address)
+        except OSError as error:
+            log.warning("cannot reach the service manager", error=error.strerror)
+
+
+async def feed_watchdog() -> None:
+    """Reports at half the interval systemd asks for; ends at once if it asks for none, otherwise when cancelled."""
+    interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+    while interval > 0:
+        notify_systemd("WATCHDOG=1")
+        await trio.sleep(interval)
