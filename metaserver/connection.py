@@ -91,26 +91,39 @@ class Answer(msgspec.Struct, Generic[ReplyT], gc=False):
 class Pending(Generic[ReplyT]):
     """A request on its way. :meth:`wait` once, from one task; dropping it without waiting is allowed."""
 
-    __slots__ = ("_connection", "_error", "_frame", "_method", "_request_id", "_task", "deadline")
+    __slots__ = ("_answer", "_connection", "_error", "_method", "_request_id", "_task", "_watcher", "deadline")
 
     def __init__(self, connection: "Connection", method: Method[Any, ReplyT], request_id: int, deadline: float) -> None:
         self._connection = connection
         self._method = method
         self._request_id = request_id
         self.deadline = deadline
-        self._frame: tuple[bytes, Buffer] | None = None
+        self._answer: Answer[ReplyT] | None = None
         self._error: DfsError | None = None
         self._task: trio.lowlevel.Task | None = None
+        self._watcher: Callable[[Answer[ReplyT]], None] | None = None
+
+    def watch(self, watcher: Callable[[Answer[ReplyT]], None]) -> None:
+        """Has the answer (not an error) passed to ``watcher`` in the moment it arrives, before any task runs."""
+        self._watcher = watcher
 
     def resolve(self, frame: tuple[bytes, Buffer] | None, error: DfsError | None) -> None:
         """Called once, by the connection."""
-        self._frame, self._error = frame, error
+        if frame is not None:
+            try:
+                self._answer = Answer(self._method.decode_reply(frame[0]), frame[1])
+            except DfsError as malformed:
+                error = malformed
+            else:
+                if self._watcher is not None:
+                    self._watcher(self._answer)
+        self._error = error
         if self._task is not None:
             trio.lowlevel.reschedule(self._task)
 
     @property
     def done(self) -> bool:
-        return self._frame is not None or self._error is not None
+        return self._answer is not None or self._error is not None
 
     async def wait(self) -> Answer[ReplyT]:
         """The answer; raises :class:`DfsError` (TIMEOUT past the deadline, :class:`ConnectionLost`).
@@ -127,9 +140,8 @@ class Pending(Generic[ReplyT]):
             await trio.lowlevel.wait_task_rescheduled(abort)
         if self._error is not None:
             raise self._error
-        assert self._frame is not None
-        body, payload = self._frame
-        return Answer(self._method.decode_reply(body), payload)
+        assert self._answer is not None
+        return self._answer
 
 
 class Connection:
