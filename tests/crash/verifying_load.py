@@ -1,7 +1,7 @@
 """A load that knows what must survive: every acknowledged fsync goes into a manifest outside the tested file system.
 
-``python verifying_load.py run DIRECTORY MANIFEST SECONDS SEED`` works in DIRECTORY until SECONDS have passed. When a call
-fails (the mount was killed) it waits until the directory answers again, checks what it finds and goes on.
+``python verifying_load.py run DIRECTORY MANIFEST SECONDS SEED`` works in DIRECTORY until SECONDS have passed. When a
+call fails (the mount was killed) it waits until the directory answers again, checks what it finds and goes on.
 ``python verifying_load.py verify DIRECTORY MANIFEST`` reads everything and prints one line for each broken promise;
 its exit code is 1 if there is one.
 
