@@ -1,0 +1,27 @@
+"""Listing of directories, in the order of their cookies. Synchronous, over one transaction."""
+
+from metaserver.inodes import find, require_directory
+from metaserver.protocol import PAGE_ENTRIES, DirectoryEntry, DirectoryPage, ReadDirectory
+from metaserver.schema import Listed, Table, Transaction, after, key_u64, listing_key, read_u64
+
+_LAST_COOKIE = (1 << 64) - 1
+
+
+def read(tx: Transaction, message: ReadDirectory) -> DirectoryPage:
+    """A page after ``message.cookie``; an unknown cookie continues where it would have been."""
+    require_directory(tx, message.ino)
+    count = max(1, min(message.count, PAGE_ENTRIES))
+    entries: list[DirectoryEntry] = []
+    if not 0 <= message.cookie < _LAST_COOKIE:
+        return DirectoryPage((), True)
+    start = listing_key(message.ino, message.cookie + 1)
+    for key, value in tx.scan(Table.LISTING, start, after(key_u64(message.ino))):
+        if len(entries) == count:
+            return DirectoryPage(tuple(entries), False)
+        listed = Listed.unpack(value)
+        attributes = None
+        if message.attributes:
+            inode = find(tx, listed.ino)
+            attributes = None if inode is None else inode.attributes(listed.ino)
+        entries.append(DirectoryEntry(listed.name, listed.ino, listed.type, read_u64(key, 8), attributes))
+    return DirectoryPage(tuple(entries), True)
