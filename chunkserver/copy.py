@@ -1,0 +1,147 @@
+"""Taking a sealed chunk from another chunkserver: everything is checked before the file gets its name."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from chunkserver import chunkfile
+from chunkserver.chunkfile import ENTRY_BYTES, INDEX_OFFSET, MAX_ENTRIES, PAYLOAD_OFFSET, FormatError, Header
+from chunkserver.client import Pool
+from chunkserver.disk import File
+from chunkserver.index import PAGE_ENTRIES, Index
+from chunkserver.protocol import Peer, Progress
+from chunkserver.recovery import COPYING_SUFFIX
+from chunkserver.replica import Replica, ReplicaState
+from chunkserver.store import Store
+from chunkserver.table import FULL_ERRNOS, parent
+from metaserver.errors import DfsError, ErrorCode
+
+# One read from the peer; two such buffers at a time stay far below the memory bound.
+READ_BYTES = 2 << 20
+# A peer's disk may be busy with everybody's reads.
+READ_SECONDS = 30.0
+
+
+class Copier:
+    """Copies into one store, from peers through ``pool``."""
+
+    def __init__(self, store: Store, pool: Pool) -> None:
+        self._store = store
+        self._table = store.table
+        self._pool = pool
+
+    async def copy(self, source: Peer, chunk: int, length: int, entries: int, chain: int) -> Replica:
+        """Brings chunk ``chunk``, sealed at exactly this point, here. A replica that was given up is replaced;
+        nothing happens if it is here already. EXISTS if a different one is, and what reading or writing raise.
+        """
+        present = self._table.get(chunk)
+        if present is not None and present.state is not ReplicaState.FAILED:
+            same = (present.written.stored_length, present.written.chain) == (length, chain)
+            if same and present.state is ReplicaState.SEALED and not present.error:
+                return present
+            raise DfsError(ErrorCode.EXISTS, f"another replica of chunk {chunk:x} is here: delete it first")
+        self._table.require_space(length + chunkfile.HEADER_BYTES + entries * ENTRY_BYTES)
+        index = await self._fetch_index(source, chunk, length, entries, chain)
+        path = chunkfile.chunk_path(chunk)
+        header = Header(
+            self._table.cluster,
+            chunk,
+            self._table.now_ns(),
+            chunkfile.FLAG_SEALED,
+            length,
+            entries,
+            self._table.first_chain(chunk) if entries == 0 else chain,
+        )
+        try:
+            await self._fill(source, path + COPYING_SUFFIX, index, header)
+            await self._in_thread(self._finish, path, present.path if present else "")
+        except OSError as error:
+            code = ErrorCode.DISK_FULL if error.errno in FULL_ERRNOS else ErrorCode.IO
+            raise DfsError(code, f"cannot write the copy: {error.strerror}") from None
+        progress = index.progress(entries, header.sealed_chain)
+        replica = Replica(chunk, ReplicaState.SEALED, header.created_ns, progress)
+        self._store.adopt(replica)
+        return replica
+
+    async def _fetch_index(self, source: Peer, chunk: int, length: int, entries: int, chain: int) -> Index:
+        """The source's entries, as far as the chunk goes; CHAIN_MISMATCH if they are not this chunk's."""
+        if entries > MAX_ENTRIES or length > chunkfile.PAYLOAD_CAPACITY:
+            raise DfsError(ErrorCode.INVALID, "no chunk is that large")
+        data = bytearray()
+        while len(data) < entries * ENTRY_BYTES:
+            have = len(data) // ENTRY_BYTES
+            reply = await self._pool.read_index(source, chunk, have, min(PAGE_ENTRIES, entries - have))
+            if not reply.entries or len(reply.entries) % ENTRY_BYTES:
+                raise DfsError(ErrorCode.WRONG_OFFSET, "the source's replica is shorter")
+            data += reply.entries
+        try:
+            chunkfile.check_entries(data, self._table.first_chain(chunk), 0)
+        except FormatError as error:
+            raise DfsError(ErrorCode.CHAIN_MISMATCH, f"the source's index is damaged: {error}") from None
+        index = Index(data)
+        end = index.progress(entries, self._table.first_chain(chunk))
+        if end.stored_length != length or (entries and end.chain != chain):
+            raise DfsError(ErrorCode.CHAIN_MISMATCH, "the source's replica is a different one")
+        return index
+
+    async def _fill(self, source: Peer, path: str, index: Index, header: Header) -> None:
+        """Writes a complete file under a temporary name, synced; removes it again if that fails."""
+        file: File = await self._in_thread(self._create, path)
+        try:
+            end = index.progress(len(index), 0)
+            stored = logical = 0
+            while logical < end.logical_length:
+                data, stored_bytes, logical_bytes = await self._fetch(source, header.chunk, index, logical, end)
+                await self._in_thread(file.write, [data], PAYLOAD_OFFSET + stored)
+                stored += stored_bytes
+                logical += logical_bytes
+            await self._in_thread(self._complete, file, index, header)
+        except BaseException:
+            self._discard(path)
+            raise
+
+    async def _fetch(
+        self, source: Peer, chunk: int, index: Index, logical: int, end: Progress
+    ) -> tuple[bytes | bytearray | memoryview, int, int]:
+        """Blocks from ``logical`` on: their bytes, and how many stored and logical bytes they are."""
+        wanted = min(READ_BYTES, end.logical_length - logical)
+        blocks = await self._pool.read(source, chunk, logical, wanted, timeout=READ_SECONDS)
+        if not blocks.entries:
+            raise DfsError(ErrorCode.WRONG_OFFSET, "the source's replica is shorter")
+        expected = index.covering(logical, wanted, READ_BYTES + chunkfile.BLOCK_BYTES)
+        sent = [entry.chain for entry in blocks.entries]
+        ours = [entry.chain for entry in chunkfile.decode_entries(expected.entries)] if expected else []
+        if sent != ours[: len(sent)] or blocks.entries[0].logical_offset != logical:
+            raise DfsError(ErrorCode.CHAIN_MISMATCH, "the source sent other blocks than its index says")
+        logical_bytes = sum(entry.logical_length for entry in blocks.entries)
+        return blocks.payload, len(blocks.payload), logical_bytes
+
+    def _create(self, path: str) -> File:
+        with suppress(FileNotFoundError):
+            self._table.disk.unlink(path)  # of an attempt before
+        return self._table.disk.create(path)
+
+    def _complete(self, file: File, index: Index, header: Header) -> None:
+        file.truncate(PAYLOAD_OFFSET + header.sealed_length)
+        file.write([index.slice(0, len(index))], INDEX_OFFSET)
+        file.write([chunkfile.encode_header(header)], 0)
+        self._table.disk.step("copy:before-sync")
+        file.sync()
+
+    def _finish(self, path: str, given_up: str) -> None:
+        disk = self._table.disk
+        disk.step("copy:before-rename")
+        disk.rename(path + COPYING_SUFFIX, path)
+        disk.step("copy:before-directory-sync")
+        disk.sync_directory(parent(path))
+        if given_up and given_up != path:
+            disk.unlink(given_up)
+
+    def _discard(self, path: str) -> None:
+        with suppress(OSError):  # then the next start removes it
+            self._table.disk.unlink(path)
+
+    async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await self._table.run_sync(
+            function, *arguments, limiter=self._table.limits.changes, abandon_on_cancel=True
+        )

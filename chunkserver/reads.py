@@ -1,0 +1,183 @@
+"""Reading the chunks of one disk, and reading them back from the disk itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+import trio
+
+from chunkserver import recovery
+from chunkserver.chunkfile import ENTRY_BYTES, INDEX_OFFSET
+from chunkserver.disk import File
+from chunkserver.index import PAGE_ENTRIES, Index, Opened
+from chunkserver.replica import Replica, ReplicaState
+from chunkserver.table import Table
+from metaserver.errors import DfsError, ErrorCode
+from metaserver.wire import PAYLOAD_LIMIT, Buffer
+
+log = structlog.get_logger(__name__)
+
+
+class Reads:
+    """Sees only what is written; works on OPEN, FROZEN and SEALED replicas alike."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def read_now(self, chunk: int, offset: int, length: int) -> tuple[bytes, Buffer] | None:
+        """As :meth:`read` if it needs no disk, otherwise None."""
+        replica = self._table.readable(chunk)
+        opened = self._opened(replica)
+        if opened is None:
+            return None
+        blocks = opened.blocks.covering(offset, length, PAYLOAD_LIMIT)
+        if blocks is None:
+            return b"", b""
+        data = bytearray(blocks.length)
+        try:
+            if opened.file.read_cached(memoryview(data), blocks.position) < blocks.length:
+                return None
+        except OSError:
+            return None  # met again, and dealt with, where waiting is possible
+        self._table.bytes_read += blocks.length
+        return blocks.entries, data
+
+    async def read(self, chunk: int, offset: int, length: int) -> tuple[bytes, Buffer]:
+        """Entries and stored bytes of whole blocks that cover a logical range, as far as it is written.
+
+        Raises NO_SUCH_CHUNK, REPLICA_FAILED, IO. Cancelling is safe.
+        """
+        replica = self._table.readable(chunk)
+        opened = await self.load(replica)
+        blocks = opened.blocks.covering(offset, length, PAYLOAD_LIMIT)
+        if blocks is None:
+            return b"", b""
+        data = bytearray(blocks.length)
+        count = await self._from_disk(
+            replica, self._table.limits.reads, opened.file.read_into, memoryview(data), blocks.position
+        )
+        if count < blocks.length:
+            self._table.report_bad(replica, ErrorCode.IO)
+            raise DfsError(ErrorCode.IO, f"the file of chunk {chunk:x} is too short")
+        self._table.bytes_read += blocks.length
+        return blocks.entries, data
+
+    async def entries(self, chunk: int, index: int, count: int) -> bytes:
+        """Index entries from number ``index`` on, at most ``count`` and a page."""
+        opened = await self.load(self._table.readable(chunk))
+        return opened.blocks.slice(max(0, index), max(0, min(count, PAGE_ENTRIES)))
+
+    def _opened(self, replica: Replica) -> Opened | None:
+        """Descriptor and up-to-date index, if they are at hand."""
+        opened = self._table.open_chunks.get(replica.chunk)
+        if opened is None:
+            return None
+        known, there = len(opened.blocks), replica.written.entries
+        if known < there:  # written since: certainly in memory
+            data = opened.file.read((there - known) * ENTRY_BYTES, INDEX_OFFSET + known * ENTRY_BYTES)
+            self._table.open_chunks.grow(replica.chunk, data)
+        return opened
+
+    async def load(self, replica: Replica) -> Opened:
+        """Descriptor and index of a replica, from the disk if need be; kept for the next time."""
+        opened = self._opened(replica)
+        if opened is None:
+            file = replica.writing.file if replica.writing else None
+            count = replica.written.entries
+            opened = await self._from_disk(replica, self._table.limits.reads, self._open_file, replica, file, count)
+            if len(opened.blocks) < count:
+                self._table.report_bad(replica, ErrorCode.BAD_CHECKSUM)
+                raise DfsError(ErrorCode.BAD_CHECKSUM, f"the index of chunk {replica.chunk:x} is damaged")
+            if replica.state is ReplicaState.DELETED or replica.state is ReplicaState.FAILED:
+                raise DfsError(ErrorCode.NO_SUCH_CHUNK, "deleted meanwhile")
+            if count <= replica.written.entries:  # not cut meanwhile
+                self._table.open_chunks.put(replica.chunk, opened)
+                opened = self._opened(replica) or opened
+        return opened
+
+    def _open_file(self, replica: Replica, file: File | None, count: int) -> Opened:
+        if file is None:
+            file = self._table.disk.open(replica.path)
+        return Opened(file, recovery.read_index(file, self._table.cluster, replica.chunk, count))
+
+    async def _from_disk(
+        self, replica: Replica, limiter: trio.CapacityLimiter, function: Callable[..., Any], *arguments: Any
+    ) -> Any:
+        """Runs a read in a worker thread; a failing block is reported at once."""
+        try:
+            return await self._table.run_sync(function, *arguments, limiter=limiter, abandon_on_cancel=True)
+        except FileNotFoundError:
+            if replica.state is ReplicaState.DELETED:
+                raise DfsError(ErrorCode.NO_SUCH_CHUNK, "deleted meanwhile") from None
+            self._table.report_bad(replica, ErrorCode.IO)
+            raise DfsError(ErrorCode.IO, "the file is missing") from None
+        except OSError as error:
+            self._table.report_bad(replica, ErrorCode.IO)
+            raise DfsError(ErrorCode.IO, f"cannot read: {error.strerror}") from None
+
+    # -- verifying ---------------------------------------------------------------------------------------------
+
+    async def verify(self, chunk: int) -> list[int]:
+        """Re-reads a replica from the disk itself; returns the bad blocks, which also makes it known as damaged."""
+        replica = self._table.readable(chunk)
+        bad = await self._bad_blocks(replica)
+        if bad and replica.state is not ReplicaState.DELETED:
+            self._table.report_bad(replica, ErrorCode.BAD_CHECKSUM)
+        return bad
+
+    async def _bad_blocks(self, replica: Replica) -> list[int]:
+        opened = await self.load(replica)
+        index = Index(opened.blocks.slice(0, replica.written.entries))
+        bad: list[int] = await self._from_disk(
+            replica, self._table.limits.scrubs, recovery.bad_blocks, self._table.disk, replica.path, index
+        )
+        return bad
+
+    async def verify_frozen(self) -> None:
+        """After a restart: reads back what was not sealed; each counts from then on."""
+        async with trio.open_nursery() as nursery:
+            for replica in self._table.frozen():
+                nursery.start_soon(self._verify_quietly, replica)
+
+    async def _verify_quietly(self, replica: Replica) -> None:
+        try:
+            await self.ensure_verified(replica)
+        except DfsError as error:
+            log.warning("cannot verify a replica", chunk=f"{replica.chunk:x}", reason=str(error))
+
+    async def ensure_verified(self, replica: Replica) -> None:
+        """Cuts a frozen replica to the prefix whose bytes are really on the disk, once; then it is reported.
+
+        If it cannot be read it is reported as damaged, and IO is raised.
+        """
+        while replica.verifying is not None:
+            await replica.verifying.wait()
+        if replica.verified or replica.state is not ReplicaState.FROZEN:
+            return
+        finished = replica.verifying = trio.Event()
+        try:
+            bad = await self._bad_blocks(replica)
+        except DfsError as error:
+            replica.error = replica.error or error.code.name
+            self._verified(replica)
+            raise
+        else:
+            if bad and replica.state is ReplicaState.FROZEN:
+                self._cut(replica, bad[0])
+            self._verified(replica)
+        finally:
+            replica.verifying = None
+            finished.set()
+
+    def _verified(self, replica: Replica) -> None:
+        replica.verified = True
+        if replica.state is ReplicaState.FROZEN:
+            self._table.on_change(replica)
+
+    def _cut(self, replica: Replica, entries: int) -> None:
+        """Forgets what follows; on disk it stays until the chunk is sealed."""
+        log.warning("cut a replica before its first bad block", chunk=f"{replica.chunk:x}", entry=entries)
+        opened = self._table.open_chunks.get(replica.chunk)
+        assert opened is not None
+        replica.written = opened.blocks.progress(entries, self._table.first_chain(replica.chunk))
+        self._table.open_chunks.drop(replica.chunk)

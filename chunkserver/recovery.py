@@ -1,0 +1,186 @@
+"""What a start finds on disk: every chunk file, how far it is, and whether it can be trusted. Blocking."""
+
+from collections.abc import Iterator
+from uuid import UUID
+
+import structlog
+from crc32c import crc32c
+
+from chunkserver import chunkfile
+from chunkserver.chunkfile import ENTRY_BYTES, FormatError, Header
+from chunkserver.disk import Disk, File, chunk_directories
+from chunkserver.index import Index
+from chunkserver.protocol import Progress
+from chunkserver.replica import Replica, ReplicaState
+from metaserver.errors import ErrorCode
+
+log = structlog.get_logger(__name__)
+
+FAILED_SUFFIX = ".failed"
+COPYING_SUFFIX = ".copying"
+INDEX_BYTES = chunkfile.MAX_ENTRIES * ENTRY_BYTES
+
+
+def walk(data: bytes, chain: int, stored_available: int) -> int:
+    """The number of entries, from the first on, that continue ``chain`` and whose bytes lie within
+    ``stored_available``. Whatever follows an entry that does not is left over from an unfinished write."""
+    stored = logical = 0
+    count = len(data) // ENTRY_BYTES
+    view = memoryview(data)
+    for number in range(count):
+        at = number * ENTRY_BYTES
+        entry = chunkfile.decode_entry(view, at)
+        if crc32c(view[at : at + ENTRY_BYTES - 4], chain) != entry.chain:
+            return number
+        if entry.stored_offset != stored or entry.logical_offset != logical or not entry.stored_length:
+            return number
+        stored += entry.stored_length
+        logical += entry.logical_length
+        if stored > stored_available:
+            return number
+        chain = entry.chain
+    return count
+
+
+def read_index(file: File, cluster: UUID, chunk: int, limit: int = chunkfile.MAX_ENTRIES) -> Index:
+    """The entries of a chunk file that can be trusted: at most ``limit``, continuing each other, with payload."""
+    data = file.read(min(limit * ENTRY_BYTES, INDEX_BYTES), chunkfile.INDEX_OFFSET)
+    available = file.size() - chunkfile.PAYLOAD_OFFSET
+    count = walk(data, chunkfile.first_chain(cluster, chunk), available)
+    return Index(data[: count * ENTRY_BYTES])
+
+
+def sealed_progress(file: File, header: Header) -> Progress:
+    """The progress of a sealed chunk, after a look at its last entry; :class:`FormatError` if that disagrees."""
+    count, length, chain = header.sealed_entries, header.sealed_length, header.sealed_chain
+    if count == 0:
+        if length or chain != chunkfile.first_chain(header.cluster, header.chunk):
+            raise FormatError("an empty sealed chunk with a length or another chain")
+        return Progress(0, 0, 0, chain)
+    if count > chunkfile.MAX_ENTRIES:
+        raise FormatError(f"{count} entries")
+    data = file.read(ENTRY_BYTES, chunkfile.INDEX_OFFSET + (count - 1) * ENTRY_BYTES)
+    if len(data) < ENTRY_BYTES:
+        raise FormatError("the index is cut off")
+    last = chunkfile.decode_entry(data)
+    if last.chain != chain or last.stored_offset + last.stored_length != length:
+        raise FormatError("the last entry is not the one the header speaks of")
+    if file.size() < chunkfile.PAYLOAD_OFFSET + length:
+        raise FormatError("the payload is cut off")
+    return Progress(length, last.logical_offset + last.logical_length, count, chain)
+
+
+def recover(disk: Disk, cluster: UUID, chunk: int, path: str) -> Replica:
+    """One chunk file as a replica: SEALED as its header says, FROZEN with its valid prefix (payload not yet
+    verified), or FAILED if it cannot be used.
+
+    A header with a wrong checksum was torn by a power cut while sealing, perhaps on all replicas at once: the entries
+    were synced before it and are bound to cluster and chunk by their chain, so that they are enough.
+    """
+    try:
+        file = disk.open(path)
+        header = _header_or_none(file, cluster, chunk, path)
+        if header is not None and header.sealed:
+            progress = sealed_progress(file, header)
+            return Replica(chunk, ReplicaState.SEALED, header.created_ns, progress, path=path)
+        index = read_index(file, cluster, chunk)
+        if header is None and not len(index):
+            raise FormatError("neither a header nor an entry")
+        progress = index.progress(len(index), chunkfile.first_chain(cluster, chunk))
+        created_ns = header.created_ns if header else 0
+        return Replica(chunk, ReplicaState.FROZEN, created_ns, progress, path=path, verified=False)
+    except FormatError as error:
+        log.warning("a chunk file cannot be used", path=path, reason=str(error))
+        code = ErrorCode.BAD_CHECKSUM
+    except OSError as error:
+        log.warning("a chunk file cannot be read", path=path, reason=error.strerror)
+        code = ErrorCode.IO
+    return Replica(chunk, ReplicaState.FAILED, 0, Progress(0, 0, 0, 0), path=path, error=code.name)
+
+
+def _header_or_none(file: File, cluster: UUID, chunk: int, path: str) -> Header | None:
+    """The header; None if it is damaged. :class:`FormatError` if it is whole but speaks of something else."""
+    try:
+        header = chunkfile.decode_header(file.read(chunkfile.HEADER_BYTES, 0))
+    except FormatError as error:
+        log.warning("a chunk file has no valid header; going by its entries", path=path, reason=str(error))
+        return None
+    if header.chunk != chunk:
+        raise FormatError(f"the header says chunk {header.chunk:x}")
+    if header.cluster != cluster:
+        raise FormatError("a chunk of another cluster")
+    return header
+
+
+def scan(disk: Disk, cluster: UUID) -> Iterator[Replica]:
+    """All replicas of a data directory; removes copies that were not finished."""
+    for directory in chunk_directories():
+        for name in sorted(disk.names(directory)):
+            path = f"{directory}/{name}"
+            if name.endswith(COPYING_SUFFIX):
+                disk.unlink(path)
+                continue
+            chunk = _chunk_of(path, name)
+            if chunk is None:
+                log.warning("not a chunk file", path=path)
+            elif name.endswith(FAILED_SUFFIX):
+                error = ErrorCode.REPLICA_FAILED.name
+                yield Replica(chunk, ReplicaState.FAILED, 0, Progress(0, 0, 0, 0), path=path, error=error)
+            else:
+                yield recover(disk, cluster, chunk, path)
+
+
+def _chunk_of(path: str, name: str) -> int | None:
+    """The chunk a file name stands for, if it is one and in its place."""
+    digits = name.removesuffix(FAILED_SUFFIX)
+    try:
+        chunk = int(digits, 16)
+    except ValueError:
+        return None
+    return chunk if chunkfile.chunk_path(chunk) == path.removesuffix(FAILED_SUFFIX) else None
+
+
+def bad_blocks(disk: Disk, path: str, index: Index, limit: int = 1000) -> list[int]:
+    """Numbers of entries whose bytes, read from the disk itself, do not have their checksum; at most ``limit``."""
+    file = disk.open_direct(path)
+    bad: list[int] = []
+    first = 0
+    while first < len(index) and len(bad) < limit:
+        entries, last = _group(index, first)
+        bad += [first + number for number in _bad_of_group(file, entries)]
+        first = last
+    return bad[:limit]
+
+
+def _group(index: Index, first: int) -> tuple[list[chunkfile.Entry], int]:
+    """Entries from ``first`` on whose bytes together are read at once, and the number after them."""
+    start = index.entry(first).stored_offset
+    entries: list[chunkfile.Entry] = []
+    for number in range(first, len(index)):
+        entry = index.entry(number)
+        if entry.stored_offset + entry.stored_length - start > GROUP_BYTES:
+            break
+        entries.append(entry)
+    return entries, first + len(entries)
+
+
+# Below disk.DIRECT_BYTES, with room for one block more.
+GROUP_BYTES = 512 << 10
+
+
+def _bad_of_group(file: File, entries: list[chunkfile.Entry]) -> list[int]:
+    start = entries[0].stored_offset
+    length = entries[-1].stored_offset + entries[-1].stored_length - start
+    try:
+        data = file.read_from_disk(length, chunkfile.PAYLOAD_OFFSET + start)
+    except OSError:
+        if len(entries) == 1:
+            return [0]
+        return [number for number, entry in enumerate(entries) if _bad_of_group(file, [entry])]
+    bad = []
+    for number, entry in enumerate(entries):
+        at = entry.stored_offset - start
+        block = data[at : at + entry.stored_length]
+        if len(block) != entry.stored_length or crc32c(block) != entry.crc:
+            bad.append(number)
+    return bad
