@@ -1,0 +1,32 @@
+"""Tasks that outlive the request that started them: one nursery for each owner, which ends with the mount."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+
+
+class Jobs:
+    """Starts tasks from synchronous code. What is started before :meth:`run` begins with it."""
+
+    def __init__(self) -> None:
+        self._nursery: trio.Nursery | None = None
+        self._early: list[tuple[Callable[..., Awaitable[object]], tuple[Any, ...]]] = []
+
+    def start(self, function: Callable[..., Awaitable[object]], *args: Any) -> None:
+        """Runs ``function(*args)`` in a task of its own; an exception from it ends the owner."""
+        if self._nursery is None:
+            self._early.append((function, args))
+        else:
+            self._nursery.start_soon(function, *args)
+
+    async def run(self) -> None:
+        """Until cancelled; ends all tasks."""
+        try:
+            async with trio.open_nursery() as self._nursery:
+                for function, args in self._early:
+                    self._nursery.start_soon(function, *args)
+                self._early.clear()
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None

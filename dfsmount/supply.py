@@ -1,0 +1,162 @@
+"""Chunks to write into: allocated ahead, given back (sealed) when full, failed or idle."""
+
+import math
+from collections import deque
+from uuid import UUID
+
+import structlog
+import trio
+
+from dfsmount.chunkwriter import OpenChunk, Requests
+from dfsmount.jobs import Jobs
+from dfsmount.meta import Meta
+from dfsmount.schedule import BATCH_BYTES
+from metaserver import protocol
+from metaserver.errors import DfsError, ErrorCode
+from metaserver.protocol import Allocate, Seal
+
+log = structlog.get_logger(__name__)
+
+# How long a server that failed an append is avoided; by then the metaserver knows better.
+AVOID_SECONDS = 30.0
+RETRY_FIRST_SECONDS, RETRY_LAST_SECONDS = 0.05, 1.0
+CALL_SECONDS = 10.0
+# Worth asking again: the cluster may come back.
+PASSING = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.TIMEOUT, ErrorCode.CANCELLED})
+
+
+class ChunkSupply:
+    """Allocates and seals chunks of one session.
+
+    ``spares`` are allocated and unused. ``life`` counts sessions: what an earlier one allocated is not used.
+    """
+
+    def __init__(self, meta: Meta, pool: Requests, host: str) -> None:
+        self.spares: deque[OpenChunk] = deque()
+        self.life = 0
+        self._meta = meta
+        self._pool = pool
+        self._host = host
+        self._jobs = Jobs()
+        self._avoid: dict[int, float] = {}
+        self._stocking = trio.Lock()
+        self._sealing = 0
+        self._sealed = trio.lowlevel.ParkingLot()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        await self._jobs.run()
+
+    @property
+    def room(self) -> int:
+        """Bytes that can be accepted on the strength of the spares: the end of a chunk may not fit a whole batch."""
+        return sum(max(0, chunk.room - BATCH_BYTES) for chunk in self.spares)
+
+    def avoid(self, servers: tuple[int, ...]) -> None:
+        """These servers failed an append."""
+        until = trio.current_time() + AVOID_SECONDS
+        self._avoid.update(dict.fromkeys(servers, until))
+
+    async def take(self, deadline: float, no_space_deadline: float) -> OpenChunk:
+        """A fresh chunk: a spare, or a new one. Cluster trouble is retried until ``deadline`` (at least once), a full
+        cluster until ``no_space_deadline``; then raises what was the matter."""
+        delay = RETRY_FIRST_SECONDS
+        while True:
+            if self.spares:
+                return self.spares.popleft()
+            try:
+                return await self._allocate()
+            except DfsError as error:
+                until = no_space_deadline if error.code is ErrorCode.NO_SPACE else deadline
+                if error.code not in PASSING and error.code is not ErrorCode.NO_SPACE:
+                    until = -math.inf
+                if trio.current_time() + delay > until:
+                    raise
+                log.warning("no chunk to write to", error=str(error))
+            await trio.sleep(delay)
+            delay = min(2 * delay, RETRY_LAST_SECONDS)
+
+    async def stock(self, wanted: int, deadline: float) -> None:
+        """Returns when spares have room for ``wanted`` bytes; raises NO_SPACE at once if there is none to be had, and
+        after ``deadline`` if the cluster is not available. Cancelling is safe."""
+        async with self._stocking:
+            while self.room < wanted:
+                self.spares.append(await self._fresh(deadline))
+
+    def stock_soon(self) -> None:
+        """Has one spare ready, if it can be had."""
+        if not self.spares and not self._stocking.locked():
+            self._jobs.start(self._stock_one)
+
+    async def _stock_one(self) -> None:
+        try:
+            await self.stock(1, trio.current_time())
+        except DfsError as error:
+            log.info("no spare chunk", error=str(error))
+
+    async def _fresh(self, deadline: float) -> OpenChunk:
+        delay = RETRY_FIRST_SECONDS
+        while True:
+            try:
+                return await self._allocate()
+            except DfsError as error:
+                if error.code not in PASSING or trio.current_time() + delay > deadline:
+                    raise
+            await trio.sleep(delay)
+            delay = min(2 * delay, RETRY_LAST_SECONDS)
+
+    async def _allocate(self) -> OpenChunk:
+        life = self.life
+        now = trio.current_time()
+        avoid = tuple(server for server, until in self._avoid.items() if until > now)
+        try:
+            allocated = await self._ask(avoid)
+        except DfsError as error:
+            if not avoid or error.code in (ErrorCode.TIMEOUT, ErrorCode.STALE_SESSION):
+                raise
+            # A server that failed a moment ago is better than none.
+            allocated = await self._ask(())
+        if life != self.life:
+            raise DfsError(ErrorCode.UNAVAILABLE, "the session has changed")
+        return OpenChunk(allocated, UUID(self._meta.cluster_id), self._meta.session, self._pool)
+
+    async def _ask(self, avoid: tuple[int, ...]) -> protocol.Allocated:
+        return await self._meta.call(protocol.ALLOCATE, Allocate(self._host, avoid), timeout=CALL_SECONDS)
+
+    # -- giving back -------------------------------------------------------------------------------------------
+
+    def retire(self, chunk: OpenChunk) -> None:
+        """Nothing more will be appended: seal it as soon as nothing of it is uncommitted."""
+        chunk.retired = True
+        self.seal_if_done(chunk)
+
+    def seal_if_done(self, chunk: OpenChunk) -> None:
+        if chunk.retired and not chunk.uncommitted and chunk.session == self._meta.session:
+            chunk.session = 0
+            self._sealing += 1
+            self._jobs.start(self._seal, chunk)
+
+    async def _seal(self, chunk: OpenChunk) -> None:
+        try:
+            await self._meta.call(protocol.SEAL, Seal(chunk.chunk, chunk.blamed), timeout=CALL_SECONDS)
+        except DfsError as error:
+            # The metaserver seals what is left open at the end of the session.
+            log.warning("could not seal a chunk", chunk=f"{chunk.chunk:x}", error=str(error))
+        finally:
+            self._sealing -= 1
+            if not self._sealing:
+                self._sealed.unpark_all()
+
+    async def all_sealed(self) -> None:
+        """Returns when no seal is on its way."""
+        while self._sealing:
+            await self._sealed.park()
+
+    def retire_spares(self) -> None:
+        while self.spares:
+            self.retire(self.spares.popleft())
+
+    def new_session(self) -> None:
+        """What was allocated belongs to a session that is over."""
+        self.life += 1
+        self.spares.clear()

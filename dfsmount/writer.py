@@ -1,0 +1,261 @@
+"""Takes written bytes into memory and makes them part of files (docs/design.md section 7).
+
+A refinement of 7.4: bytes leave memory when their commit is answered, not when it is durable. By then they are on
+stable storage on every replica, because the last append of each batch carried ``sync``; only the commit, a few hundred
+bytes, can still be lost with the tail of the metaserver's log, and ``MetaClient`` keeps and resends that.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+
+import structlog
+import trio
+
+from dfsmount.chunkwriter import OpenChunk, Requests
+from dfsmount.dirty import LAYER_BYTES
+from dfsmount.filestate import FileState
+from dfsmount.lane import Lane, Signal
+from dfsmount.meta import Meta
+from dfsmount.schedule import Delays, Schedule
+from dfsmount.supply import ChunkSupply
+from metaserver.errors import DfsError, ErrorCode
+from metaserver.protocol import FILE_SIZE_MAX
+
+log = structlog.get_logger(__name__)
+
+# Written in order so far: from here on a file is a stream and gets a lane of its own while one is free.
+STREAM_BYTES = 8 << 20
+LANES = 4
+
+
+@dataclass(frozen=True)
+class WriterOptions:
+    """``max_dirty_bytes`` bounds what is in memory, in flight included. ``host`` is this host's name, so that the
+    metaserver can place chunks near. ``idle_seconds``: an open chunk that nothing is written to is sealed."""
+
+    host: str = ""
+    max_dirty_bytes: int = 128 << 20
+    delays: Delays = field(default_factory=Delays)
+    append_seconds: float = 5.0
+    give_up_seconds: float = 30.0
+    no_space_seconds: float = 2.0
+    idle_seconds: float = 300.0
+
+
+class Writer:
+    """All dirty bytes of a mount. :meth:`run` must be running.
+
+    Invariants: ``dirty_bytes`` is the sum of the costs of all layers of ``_files``; ``_files`` are those with layers.
+    ``_credit`` is at most the room in open chunks less what is dirty and not sent.
+    """
+
+    def __init__(self, meta: Meta, pool: Requests, options: WriterOptions | None = None) -> None:
+        self.options = options or WriterOptions()
+        self.meta = meta
+        self.dirty_bytes = 0
+        self.schedule = Schedule(self.options.delays)
+        self.counters: Iterator[int] = count(1)
+        self.append_seconds = self.options.append_seconds
+        self.give_up_seconds = self.options.give_up_seconds
+        self.no_space_seconds = self.options.no_space_seconds
+        self.supply = ChunkSupply(meta, pool, self.options.host)
+        self.lanes = [Lane(number, self) for number in range(LANES)]
+        self._files: dict[FileState, None] = {}
+        self._credit = 0
+        self._memory = trio.lowlevel.ParkingLot()
+        self._timer = Signal()
+
+    async def run(self) -> None:
+        """Until cancelled; what is dirty then is lost, so :meth:`close` before."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.supply.run)
+            nursery.start_soon(self._tick)
+            for lane in self.lanes:
+                nursery.start_soon(lane.run)
+
+    # -- what vfs asks -----------------------------------------------------------------------------------------
+
+    async def write(self, file: FileState, offset: int, data: bytes) -> None:
+        """Takes ``data``, which must never change. Waits only for memory and for space in the cluster.
+
+        Raises NO_SPACE, or UNAVAILABLE or TIMEOUT if the cluster cannot be asked; nothing, or a first part (as
+        ``file.size`` shows if it grew) was then taken. Cancelling is as safe.
+        """
+        if offset + len(data) > FILE_SIZE_MAX:
+            raise DfsError(ErrorCode.FILE_TOO_BIG)
+        if len(data) <= LAYER_BYTES:
+            await self._write(file, offset, data)
+            return
+        for start in range(0, len(data), LAYER_BYTES):
+            await self._write(file, offset + start, data[start : start + LAYER_BYTES])
+
+    async def flush(self, file: FileState) -> None:
+        """Returns when everything dirty at the call is part of the file at the metaserver, or lost: then ``file.error``
+        says why and ``file.error_count`` has grown. Cancelling is safe."""
+        target = file.dirty.close()
+        if not file.dirty:
+            return
+        self.schedule.want(file)
+        self._wake(file)
+        while file.dirty.oldest <= target:
+            await file.settled.park()
+
+    def flush_soon(self, file: FileState) -> None:
+        """The file was closed: sends it within moments, together with others."""
+        if self.schedule.closed(file, trio.current_time()):
+            self._wake(file)
+            self._timer.set()
+
+    async def truncate_local(self, file: FileState, size: int) -> None:
+        """Before a truncate is sent: what is in flight is committed first, what is dirty past ``size`` is dropped.
+
+        ``file.size`` is ``size`` when it returns; ``file.refresh`` with the metaserver's answer ends it (or with fresh
+        attributes, if the truncate failed). Cancelling before it returns changes nothing.
+        """
+        file.held += 1
+        try:
+            while file.dirty.in_flight:
+                await file.settled.park()
+            before = file.dirty.cost
+            file.begin_truncate(size)
+            self._released(file, before - file.dirty.cost)
+        finally:
+            file.held -= 1
+            self._wake(file)
+
+    def discard(self, file: FileState) -> None:
+        """The file has no name and no descriptor left: what is not yet on its way need not be sent."""
+        before = file.dirty.cost
+        file.discard()
+        self.schedule.forget(file)
+        self._released(file, before - file.dirty.cost)
+
+    async def flush_all(self) -> None:
+        """:meth:`flush` for every file."""
+        async with trio.open_nursery() as nursery:
+            for file in [*self._files]:
+                nursery.start_soon(self.flush, file)
+
+    async def close(self) -> None:
+        """:meth:`flush_all`, and seals what is open; for unmounting."""
+        await self.flush_all()
+        for lane in self.lanes:
+            lane.retire_chunk()
+        self.supply.retire_spares()
+        await self.supply.all_sealed()
+
+    def abandon_all(self, error: DfsError) -> None:
+        """The session is lost and its chunks with it: all dirty bytes fail with ``error``."""
+        for lane in self.lanes:
+            lane.abandon()
+        self.supply.new_session()
+        for file in [*self._files]:
+            self.schedule.forget(file)
+            file.abandon(error)
+            file.lane = 0
+        for lane in self.lanes:
+            lane.owner = None
+        self._files.clear()
+        self.dirty_bytes = 0
+        self._credit = 0
+        self._memory.unpark_all()
+
+    # -- accepting ---------------------------------------------------------------------------------------------
+
+    async def _write(self, file: FileState, offset: int, data: bytes) -> None:
+        while self.dirty_bytes + len(data) > self.options.max_dirty_bytes and self.dirty_bytes:
+            self.schedule.want_all()
+            self._wake_all()
+            await self._memory.park()
+        if len(data) > self._credit:
+            await self._reserve(len(data))
+        self._accept(file, offset, data)
+
+    def _accept(self, file: FileState, offset: int, data: bytes) -> None:
+        if not data:
+            return
+        self._credit -= len(data)
+        before = file.dirty.cost
+        full = file.write(offset, data, self.meta.now_ns())
+        self.dirty_bytes += file.dirty.cost - before
+        self._files[file] = None
+        if full and file.lane == 0 and file.streamed >= STREAM_BYTES:
+            self._give_lane(file)
+        if self.schedule.written(file, trio.current_time(), full=full):
+            self._timer.set()
+            if full:
+                self._wake(file)
+
+    def _give_lane(self, file: FileState) -> None:
+        for lane in self.lanes[1:]:
+            if lane.owner is None and lane.idle:
+                lane.owner, file.lane = file, lane.number
+                return
+
+    async def _reserve(self, length: int) -> None:
+        """Returns when open chunks have room for all that is dirty and ``length`` bytes more."""
+        deadline = trio.current_time() + self.give_up_seconds
+        while True:
+            lanes = sum(lane.room for lane in self.lanes)
+            unsent = sum(file.dirty.unsent for file in self._files)
+            self._credit = lanes + self.supply.room - unsent
+            if self._credit >= length:
+                return
+            await self.supply.stock(length + unsent - lanes, deadline)
+
+    # -- what lanes tell -----------------------------------------------------------------------------------------
+
+    def room_lost(self) -> None:
+        """A chunk that was counted on takes nothing more."""
+        self._credit = 0
+
+    def settled(self, file: FileState, cost: int) -> None:
+        """Layers of ``file`` that took ``cost`` bytes are committed or given up."""
+        self._released(file, cost)
+
+    def idle_chunk(self, length: int, blocks: int) -> OpenChunk | None:
+        """A chunk with that much room from a lane that does nothing."""
+        for lane in self.lanes:
+            if lane.chunk is not None and lane.idle and lane.chunk.fits(length, blocks):
+                chunk, lane.chunk = lane.chunk, None
+                return chunk
+        return None
+
+    def _released(self, file: FileState, cost: int) -> None:
+        self.dirty_bytes -= cost
+        if not file.dirty:
+            self._files.pop(file, None)
+            self.schedule.forget(file)
+        if self._memory and cost:
+            self._memory.unpark_all()
+
+    # -- time ----------------------------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        """Makes ready what has waited long enough, and seals chunks that nothing is written to."""
+        idle_check = trio.current_time() + self.options.idle_seconds
+        while True:
+            due = self.schedule.due(trio.current_time())
+            self._wake_all()
+            with trio.move_on_at(min(due, idle_check)):
+                await self._timer.wait()
+            now = trio.current_time()
+            if now >= idle_check:
+                self._retire_idle(now - self.options.idle_seconds)
+                idle_check = now + self.options.idle_seconds
+
+    def _retire_idle(self, before: float) -> None:
+        for lane in self.lanes:
+            if lane.idle and lane.chunk is not None and lane.chunk.used_at <= before:
+                lane.retire_chunk()
+        if not self._files:
+            self.supply.retire_spares()
+            self._credit = 0
+
+    def _wake(self, file: FileState) -> None:
+        self.lanes[file.lane].wake.set()
+
+    def _wake_all(self) -> None:
+        for lane in self.lanes:
+            lane.wake.set()
