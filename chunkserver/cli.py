@@ -1,0 +1,115 @@
+"""The command line: `chunkserver --config FILE` or flags, and `chunkserver check --data DIR`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import trio
+import typer
+
+from chunkserver import check as checks
+from chunkserver import config as configs
+from chunkserver.config import Config, ConfigError
+from chunkserver.identity import DataDirectoryError
+from chunkserver.serve import StartError, serve_until_signal
+from metaserver import logs
+from metaserver.errors import DfsError
+from metaserver.key import ClusterKey, KeyFileError, load_key
+
+# What ends the program with one line; anything else is a mistake in it and shows a traceback.
+EXPECTED = (ConfigError, DataDirectoryError, StartError, KeyFileError, DfsError)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def fail(text: str) -> typer.Exit:
+    print(f"chunkserver: {text}", file=sys.stderr)
+    return typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="TOML file; flags given besides win.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data directory, on a disk of its own.")] = None,
+    listen: Annotated[str | None, typer.Option(help="HOST:PORT of the data plane.")] = None,
+    http: Annotated[str | None, typer.Option(help="HOST:PORT of health and metrics.")] = None,
+    advertise: Annotated[str | None, typer.Option(help="Host under which others reach this one.")] = None,
+    metaserver: Annotated[
+        list[str] | None, typer.Option(help="HOST:PORT of the metaserver's HTTP; repeatable.")
+    ] = None,
+    key_file: Annotated[str | None, typer.Option(help="The cluster key, copied from the metaserver.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of this server.")] = None,
+    rack: Annotated[str | None, typer.Option(help="Label of what fails together.")] = None,
+    reserve_bytes: Annotated[int | None, typer.Option(help="Space kept free.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Runs a chunkserver until SIGTERM."""
+    if context.invoked_subcommand is not None:
+        return
+    flags = {
+        "data": data,
+        "listen": listen,
+        "http": http,
+        "advertise": advertise,
+        "metaserver": metaserver or None,
+        "key_file": key_file,
+        "name": name,
+        "rack": rack,
+        "reserve_bytes": reserve_bytes,
+        "log_level": log_level,
+    }
+    try:
+        _serve(_configuration(config, {flag: value for flag, value in flags.items() if value is not None}))
+    except EXPECTED as error:
+        raise fail(error.text if isinstance(error, DfsError) else str(error)) from None
+    except BaseExceptionGroup as group:
+        expected = _only_expected(group)
+        if expected is None:
+            raise
+        raise fail(expected.text if isinstance(expected, DfsError) else str(expected)) from None
+
+
+def _configuration(file: Path | None, flags: dict[str, object]) -> Config:
+    values = configs.read_file(file) if file is not None else {}
+    return configs.make({**values, **flags}, str(file) if file is not None else "command line")
+
+
+def _serve(config: Config) -> None:
+    logs.configure(config.log_level, config.log_json)
+    key: ClusterKey | None = load_key(Path(config.key_file)) if config.key_file else None
+    trio.run(serve_until_signal, config, key)
+
+
+def _only_expected(group: BaseExceptionGroup[BaseException]) -> Exception | None:
+    """The expected failure that a nursery wrapped up, if nothing else is in there."""
+    expected, rest = group.split(EXPECTED)
+    if rest is not None or expected is None:
+        return None
+    found: BaseException = expected
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, Exception)
+    return found
+
+
+@app.command()
+def check(
+    data: Annotated[str, typer.Option(help="Data directory; its chunkserver must not be running.")],
+    power_cut: Annotated[bool, typer.Option(help="Unsealed chunks may lack what was never synced.")] = False,
+) -> None:
+    """Verifies every chunk of a data directory; exit code 1 if something is wrong."""
+    try:
+        report = checks.check_directory(data, power_cut=power_cut)
+    except DataDirectoryError as error:
+        raise fail(str(error)) from None
+    for problem in report.problems:
+        print(f"{problem.key}: {problem.text}")
+    print(f"{report.rows} chunks checked in {report.seconds:.1f} s, {len(report.problems)} problems")
+    if report.problems:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="chunkserver")
