@@ -1,0 +1,183 @@
+"""The `dfs` command: starts, stops and looks into a cluster.
+
+Everything but Typer is imported when a command runs: `dfs --help` and completion stay fast.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from dfsmount.dfs_find import Access
+
+app = typer.Typer(
+    help="Start, stop and look into a distributed filesystem.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Data = Annotated[str, typer.Option("--data", metavar="DIR", help="Data directory of a cluster that `dfs up` started.")]
+Metaserver = Annotated[
+    str, typer.Option("--metaserver", metavar="HOST:HTTPPORT", help="The metaserver's HTTP address, instead of --data.")
+]
+KeyFile = Annotated[
+    str, typer.Option("--key-file", metavar="FILE", help="The cluster key for --metaserver (/etc/dfs/cluster.key).")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+@app.command()
+def up(
+    mountpoint: Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="An empty directory; made if missing.")],
+    data: Annotated[str, typer.Option("--data", metavar="DIR", help="Where everything is kept.")] = "",
+    copies: Annotated[int | None, typer.Option(help="Copies of every chunk (new cluster: 2).")] = None,
+    servers: Annotated[int | None, typer.Option(help="Number of chunkservers (new cluster: 3).")] = None,
+    port: Annotated[int | None, typer.Option(help="First of the ports to use (new cluster: 9400).")] = None,
+) -> None:
+    """Start a cluster on this machine and mount it.
+
+    One metaserver and three chunkservers run in the background on loopback. Run it again at any time: it starts what
+    does not run. After `dfs down`, a crash or a reboot it brings the same data back.
+    """
+    from dfsmount import dfs_layout, dfs_services, dfs_up
+
+    directory = Path(data).absolute() if data else dfs_layout.default_data()
+    point = mountpoint.absolute()
+    changed = dfs_up.up(directory, point, dfs_services.Wanted(copies, servers, port), say)
+    if not changed:
+        say(f"The cluster in {directory} is up already, mounted on {point}.")
+    for line in dfs_up.hints(directory, point):
+        say(line)
+
+
+@app.command()
+def down(
+    data: Data = "",
+    force: Annotated[bool, typer.Option("--force", help="Unmount even if programs still use the mount.")] = False,
+) -> None:
+    """Unmount, and stop a cluster of `dfs up`.
+
+    What is dirty is written back first. The data stays: `dfs up` brings it back.
+    """
+    from dfsmount import dfs_down, dfs_find
+    from dfsmount.dfs_layout import Problem
+
+    access = dfs_find.find(dfs_find.Choice(data))
+    if access.data is None:
+        raise Problem("this cluster was not started by `dfs up`: stop its services with systemctl")
+    if dfs_down.down(access.data, say, force=force):
+        say(f"Stopped. The data is kept in {access.data}.")
+    else:
+        say(f"Nothing of the cluster in {access.data} was running.")
+
+
+@app.command()
+def status(data: Data = "", metaserver: Metaserver = "", key_file: KeyFile = "", as_json: AsJson = False) -> None:
+    """Show servers, space, chunks and sessions.
+
+    The first line says in one sentence whether all is well.
+    """
+    from dfsmount.dfs_api import Api
+
+    access = find(data, metaserver, key_file)
+    with Api(access) as api:
+        answer = api.status()
+    from dfsmount import dfs_show
+
+    if as_json:
+        print_json({"verdict": dfs_show.verdict(answer), "healthy": not dfs_show.troubles(answer), "status": answer})
+    else:
+        dfs_show.show_status(answer, access.http)
+
+
+@app.command()
+def chunks(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A regular file on a mount.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read the blocks on every server and check them.")] = False,
+    data: Data = "",
+    metaserver: Metaserver = "",
+    key_file: KeyFile = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show where the bytes of a file are.
+
+    One line for each replica of each piece: offset, length, chunk, server, path there, state of its checksums, time.
+    Exit code 1 if a replica is not as it should be.
+    """
+    from dfsmount import dfs_chunks, dfs_show
+
+    view = dfs_chunks.look(file, lambda path: find(data, metaserver, key_file, path), verify=verify)
+    if as_json:
+        print_json(view)
+    else:
+        dfs_show.show_file(view)
+    if dfs_chunks.bad(view.pieces):
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(
+    deep: Annotated[bool, typer.Option("--deep", help="Also read every replica of every chunk from disk.")] = False,
+    data: Data = "",
+    metaserver: Metaserver = "",
+    key_file: KeyFile = "",
+    as_json: AsJson = False,
+) -> None:
+    """Verify the metadata, and with --deep all data.
+
+    Every invariant of the metadata is checked; with --deep, also every block of every replica. Exit code 1 on findings.
+    """
+    from dfsmount import dfs_check
+
+    findings = dfs_check.run(find(data, metaserver, key_file), deep=deep, quiet=as_json)
+    if as_json:
+        print_json(findings)
+    else:
+        for line in dfs_check.lines(findings):
+            say(line)
+    if not dfs_check.clean(findings):
+        raise typer.Exit(1)
+
+
+def find(data: str, metaserver: str, key_file: str, file: Path | None = None) -> "Access":
+    from dfsmount import dfs_find
+
+    return dfs_find.find(dfs_find.Choice(data, metaserver, key_file), file)
+
+
+def say(line: str) -> None:
+    """Progress and results, at once: a person or a script may be watching."""
+    print(line, flush=True)
+
+
+def print_json(value: object) -> None:
+    import msgspec
+
+    say(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def main() -> None:
+    """Runs the command line; what is wrong is one line on standard error, and exit code 1."""
+    from dfsmount.dfs_layout import Problem
+
+    try:
+        app(prog_name="dfs")
+    except Problem as problem:
+        print(f"dfs: {problem}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("dfs: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # Whoever read our output has left: not an error, and nothing more can be said.
+        sys.stderr.close()
+        raise SystemExit(0) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The control plane as the `dfs` command uses it: blocking HTTP with the cluster's token, every answer typed."""
+
+from types import TracebackType
+from typing import Self, TypeVar
+
+import httpx
+import msgspec
+
+from dfsmount.dfs_find import Access
+from dfsmount.dfs_layout import Problem
+from metaserver.protocol import CheckReport, FileStatus, ServerStatus, Status
+
+AnswerT = TypeVar("AnswerT")
+# A busy metaserver answers late, but not later than this; `check` reads every row and has a bound of its own.
+TIMEOUT_SECONDS = 15.0
+CHECK_SECONDS = 900.0
+
+
+class _Failure(msgspec.Struct):
+    code: str
+    text: str
+
+
+def health(address: str, timeout_seconds: float = 2.0) -> bool:
+    """Whether the server whose control plane is at HOST:PORT says that it works."""
+    try:
+        return httpx.get(f"http://{address}/health", timeout=timeout_seconds, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+class ReplicaListing(msgspec.Struct):
+    """One replica as a chunkserver lists it; lengths in bytes, ids and chains hexadecimal."""
+
+    chunk: str
+    state: str
+    stored_length: int
+    chain: str
+    error: str
+    path: str
+
+
+class _Page(msgspec.Struct):
+    chunks: list[ReplicaListing]
+    next: str
+
+
+class Api:
+    """One metaserver, and the chunkservers it names; :class:`Problem` if one cannot be reached or refuses."""
+
+    def __init__(self, access: Access, transport: httpx.BaseTransport | None = None) -> None:
+        headers = {"Authorization": f"Bearer {access.key().http_token}"}
+        self._access = access
+        self._client = httpx.Client(
+            base_url=f"http://{access.http}",
+            headers=headers,
+            timeout=TIMEOUT_SECONDS,
+            trust_env=False,
+            transport=transport,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._client.close()
+
+    def status(self) -> Status:
+        return self._get("/v1/status", Status)
+
+    def file(self, ino: int) -> FileStatus:
+        return self._get(f"/v1/chunks/{ino}", FileStatus)
+
+    def check(self) -> CheckReport:
+        return self._get("/v1/check", CheckReport, CHECK_SECONDS)
+
+    def replicas(self, server: ServerStatus) -> list[ReplicaListing]:
+        """Everything that a chunkserver has."""
+        found: list[ReplicaListing] = []
+        path = f"http://{server.host}:{server.http_port}/chunks"
+        page = self._get(path, _Page)
+        while page.next:
+            found += page.chunks
+            page = self._get(f"{path}?after={page.next}", _Page)
+        return found + page.chunks
+
+    def _get(self, path: str, type_: type[AnswerT], timeout_seconds: float = TIMEOUT_SECONDS) -> AnswerT:
+        request = self._client.build_request("GET", path, timeout=timeout_seconds)
+        address = f"{request.url.host}:{request.url.port}"
+        try:
+            response = self._client.send(request)
+        except httpx.HTTPError as error:
+            raise Problem(self._unreachable(address, error)) from None
+        if response.status_code >= 400:
+            raise Problem(self._refused(address, response))
+        try:
+            return msgspec.json.decode(response.content, type=type_)
+        except msgspec.DecodeError:
+            raise Problem(f"{address} does not answer as expected: is it the HTTP port of a dfs server?") from None
+
+    def _unreachable(self, address: str, error: httpx.HTTPError) -> str:
+        if isinstance(error, httpx.RemoteProtocolError):
+            return f"{address} does not speak HTTP: is it the HTTP port of a dfs server?"
+        if isinstance(error, httpx.TimeoutException):
+            return f"the server at {address} does not answer in time"
+        if address != self._access.http:
+            return f"no chunkserver at {address}"
+        hint = f" (`dfs up MOUNTPOINT --data {self._access.data}` starts it)" if self._access.data else ""
+        return f"no metaserver at {address}{hint}"
+
+    def _refused(self, address: str, response: httpx.Response) -> str:
+        try:
+            failure = msgspec.json.decode(response.content, type=_Failure)
+        except msgspec.DecodeError:
+            return f"{address} answered HTTP status {response.status_code}: is it the port of a dfs server?"
+        if failure.code == "BAD_KEY":
+            return f"the server at {address} has another cluster key than {self._access.key_file}"
+        return failure.text

@@ -1,0 +1,209 @@
+"""How the `dfs` command shows things: pure functions from answers to text and tables."""
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dfsmount.dfs_chunks import FileView, PieceView
+from metaserver.protocol import ChunkHealth, ServerStatus, SessionStatus, Status
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def bytes_text(count: int) -> str:
+    """A size for people, with three digits or so."""
+    value = float(count)
+    for unit in UNITS:
+        if abs(value) < 1024 or unit == UNITS[-1]:
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration for people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h" if seconds < 172800 else f"{seconds / 86400:.0f} d"
+
+
+def time_text(ns: int) -> str:
+    """A point in time, in UTC, to the second."""
+    return datetime.fromtimestamp(ns // 10**9, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def count_text(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def troubles(status: Status) -> list[str]:
+    """What is not as it should be, the worst first; empty when all is well."""
+    up = [server for server in status.servers if server.state == "UP"]
+    found = []
+    if status.chunks.missing:
+        found.append(f"DATA IS MISSING: {count_text(status.chunks.missing, 'chunk')} without a good copy")
+    if not status.servers:
+        found.append("no chunkserver has registered, so nothing can be written")
+    elif not up:
+        found.append("no chunkserver is up, so nothing can be read or written")
+    else:
+        found += [f"{server.name} is {server.state}" for server in status.servers if server.state != "UP"]
+    if status.chunks.too_few:
+        found.append(f"{count_text(status.chunks.too_few, 'chunk')} with fewer copies than wanted")
+    if up and len(up) < status.copies:
+        found.append(f"{status.copies} copies are wanted but only {count_text(len(up), 'chunkserver')} can take them")
+    if status.total and status.free * 20 < status.total:
+        found.append(f"nearly full: {bytes_text(status.free)} of {bytes_text(status.total)} free")
+    if status.window_open:
+        found.append("the metaserver has just started and waits for its mounts to return")
+    return found
+
+
+def verdict(status: Status) -> str:
+    """One sentence: what a person who is woken at night has to know."""
+    found = troubles(status)
+    if found:
+        text = "; ".join(found)
+        return f"{text[0].upper()}{text[1:]}."
+    count = len(status.servers)
+    servers = "the chunkserver is" if count == 1 else f"all {count} chunkservers are"
+    copies = "1 copy" if status.copies == 1 else f"{status.copies} copies"
+    return f"Healthy: {servers} up and every chunk has its {copies}."
+
+
+def summary_lines(status: Status, http: str) -> list[str]:
+    """What is under the verdict."""
+    return [
+        f"metaserver  {http}, cluster {status.cluster_id}, up {seconds_text(status.up_seconds)}, epoch {status.epoch}",
+        f"space       {bytes_text(status.free)} free of {bytes_text(status.total)} at {status.copies} copies, "
+        + count_text(status.inodes, "inode"),
+        f"chunks      {chunks_text(status.chunks)}",
+        *([f"at work     {work_text(status)}"] if status.tasks or status.orders else []),
+    ]
+
+
+def work_text(status: Status) -> str:
+    return f"{count_text(status.tasks, 'background task')}, {count_text(status.orders, 'order')} to chunkservers"
+
+
+def chunks_text(chunks: ChunkHealth) -> str:
+    parts = [
+        (chunks.healthy, "healthy"),
+        (chunks.too_few, "with too few copies"),
+        (chunks.missing, "MISSING"),
+        (chunks.open, "being written"),
+        (chunks.dead, "waiting to be deleted"),
+    ]
+    shown = [f"{count:,} {what}" for count, what in parts if count]
+    return f"{chunks.total:,}" + (f" ({', '.join(shown)})" if shown else "")
+
+
+def table(columns: Iterable[str], rows: Iterable[Sequence[str]], right: Iterable[str] = ()) -> Table:
+    """A table without lines: easy to read, and to cut with awk. ``right`` names the columns of figures."""
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=True, overflow="ignore")
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    return made
+
+
+def servers_table(servers: Iterable[ServerStatus]) -> Table:
+    rows = [
+        (
+            server.name,
+            server.state,
+            f"{server.host}:{server.port}",
+            f"{server.chunks:,}",
+            bytes_text(server.capacity - server.free),
+            bytes_text(server.free),
+            f"{server.last_heartbeat_seconds:.0f} s ago",
+            server.data_path,
+        )
+        for server in servers
+    ]
+    columns = ("SERVER", "STATE", "ADDRESS", "CHUNKS", "USED", "FREE", "HEARTBEAT", "DATA")
+    return table(columns, rows, ("CHUNKS", "USED", "FREE"))
+
+
+def sessions_table(sessions: Iterable[SessionStatus]) -> Table:
+    rows = [
+        (
+            str(session.session),
+            session.host,
+            session.mountpoint,
+            "connected" if session.connected else "away",
+            f"{session.idle_seconds:.0f} s",
+            f"{session.opened:,}",
+            bytes_text(session.dirty_bytes),
+        )
+        for session in sessions
+    ]
+    columns = ("SESSION", "HOST", "MOUNTPOINT", "STATE", "IDLE", "OPEN", "DIRTY")
+    return table(columns, rows, ("IDLE", "OPEN", "DIRTY"))
+
+
+def console() -> Console:
+    """Standard output. Not on a terminal: as wide as it takes, so that no line is cut or wrapped."""
+    made = Console(highlight=False, soft_wrap=False)
+    return made if made.is_terminal else Console(highlight=False, width=1000)
+
+
+def show_status(status: Status, http: str) -> None:
+    """Prints it all, the verdict first."""
+    out = console()
+    out.print(verdict(status), style="bold red" if troubles(status) else "bold green", markup=False)
+    for line in summary_lines(status, http):
+        out.print(line, markup=False)
+    if status.servers:
+        out.print("", servers_table(status.servers), sep="\n")
+    if status.sessions:
+        out.print("", sessions_table(status.sessions), sep="\n")
+
+
+def show_file(view: FileView) -> None:
+    """Prints a chunk map: one line for each replica of each piece."""
+    out = console()
+    pieces = count_text(len(view.pieces), "piece")
+    out.print(f"{view.path}: {view.size:,} bytes in {pieces}, modified {time_text(view.mtime_ns)} UTC", markup=False)
+    if not view.pieces:
+        out.print("No bytes are stored: the file is empty or one hole.", markup=False)
+        return
+    rows = [row for piece in view.pieces for row in piece_rows(piece)]
+    columns = (
+        "INDEX",
+        "OFFSET",
+        "LENGTH",
+        "CHUNK",
+        "AT",
+        "STATE",
+        "SERVER",
+        "REPLICA",
+        "CHECKSUMS",
+        "CREATED (UTC)",
+        "PATH",
+    )
+    out.print(table(columns, rows, ("INDEX", "OFFSET", "LENGTH", "AT")))
+
+
+def piece_rows(piece: PieceView) -> list[Sequence[str]]:
+    """The piece's own columns are shown once, beside its first replica."""
+    own: tuple[str, ...] = (
+        str(piece.index),
+        str(piece.offset),
+        str(piece.length),
+        piece.chunk,
+        str(piece.chunk_offset),
+        piece.chunk_state,
+    )
+    rows: list[Sequence[str]] = []
+    for replica in piece.replicas:
+        created = time_text(replica.created_ns) if replica.created_ns else "unknown"
+        rows.append((*own, replica.server, replica.state, replica.checksums, created, replica.path))
+        own = ("",) * len(own)
+    return rows or [(*own, "none", "", "no replica", "", "")]
