@@ -1,0 +1,144 @@
+"""The inodes the kernel knows, and their attributes for as long as they may be believed.
+
+The kernel counts how often an inode was handed to it (lookup, mkdir, ..., each entry of a readdirplus) and takes all
+of that back with ``forget``; until then it may name the inode at any time. Nothing here awaits.
+
+**Belief.** Attributes read from the metaserver are believed for ``attr_timeout`` from the moment they were *asked
+for*; what remains of that is the time-out the kernel gets, so that both caches together never show anything older.
+An answer to a question asked before a change of our own came back may be older than the change: it is not taken.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import trio
+
+from metaserver.protocol import Attributes
+
+if TYPE_CHECKING:
+    from dfsmount.handles import OpenFile
+
+NEVER = float("-inf")
+
+
+class Inode:
+    """One inode. Times in seconds of the table's clock.
+
+    ``kernel_version``: the data version whose contents the kernel's page cache may hold; -1: none.
+    ``shown_size``: the size the kernel was told last; -1: none. ``parent`` is known (not 0) for most directories.
+    ``opened`` is there while this mount has the inode open or dirty, or has not deregistered it yet.
+    """
+
+    __slots__ = (
+        "attributes",
+        "believed_until",
+        "changed_at",
+        "ino",
+        "kernel_version",
+        "lookups",
+        "opened",
+        "parent",
+        "shown_size",
+        "target",
+    )
+
+    def __init__(self, attributes: Attributes) -> None:
+        self.ino = attributes.ino
+        self.attributes = attributes
+        self.believed_until = NEVER
+        self.changed_at = NEVER
+        self.kernel_version = -1
+        self.lookups = 0
+        self.opened: OpenFile | None = None
+        self.parent = 0
+        self.shown_size = -1
+        self.target = b""
+
+
+class InodeTable:
+    """All inodes that the kernel refers to or that are open here, by ino."""
+
+    def __init__(self, attr_timeout_seconds: float, *, clock: Callable[[], float] = trio.current_time) -> None:
+        self._timeout = attr_timeout_seconds
+        self._clock = clock
+        self._inodes: dict[int, Inode] = {}
+
+    def __len__(self) -> int:
+        return len(self._inodes)
+
+    def __iter__(self) -> Iterator[Inode]:
+        return iter(self._inodes.values())
+
+    def get(self, ino: int) -> Inode | None:
+        return self._inodes.get(ino)
+
+    def now(self) -> float:
+        return self._clock()
+
+    def learn(self, attributes: Attributes, asked_at: float, *, parent: int = 0, target: bytes = b"") -> Inode:
+        """Takes what an answer to a question asked at ``asked_at`` says."""
+        inode = self._inodes.get(attributes.ino)
+        if inode is None:
+            inode = self._inodes[attributes.ino] = Inode(attributes)
+            inode.believed_until = asked_at + self._timeout
+        elif asked_at >= inode.changed_at:
+            inode.attributes = attributes
+            inode.believed_until = asked_at + self._timeout
+        if parent:
+            inode.parent = parent
+        if target:
+            inode.target = target
+        return inode
+
+    def peek(self, attributes: Attributes, asked_at: float) -> Inode:
+        """Like :meth:`learn`, but an inode that is not in the table stays out of it until :meth:`adopt`."""
+        if attributes.ino in self._inodes:
+            return self.learn(attributes, asked_at)
+        inode = Inode(attributes)
+        inode.believed_until = asked_at + self._timeout
+        return inode
+
+    def adopt(self, inode: Inode) -> None:
+        """Counts a reference that the kernel took to what :meth:`peek` gave."""
+        self._inodes.setdefault(inode.ino, inode).lookups += 1
+
+    def changed(self, attributes: Attributes, asked_at: float, *, parent: int = 0, target: bytes = b"") -> Inode:
+        """Takes the answer to a change of our own, which is newer than every answer to an earlier question."""
+        inode = self.learn(attributes, asked_at, parent=parent, target=target)
+        inode.attributes = attributes
+        inode.believed_until = asked_at + self._timeout
+        inode.changed_at = self._clock()
+        return inode
+
+    def believed(self, ino: int) -> Inode | None:
+        """The inode if its attributes may be shown without asking."""
+        inode = self._inodes.get(ino)
+        return inode if inode is not None and inode.believed_until > self._clock() else None
+
+    def doubt(self, ino: int) -> None:
+        """A change, here or elsewhere: ask before showing attributes again."""
+        inode = self._inodes.get(ino)
+        if inode is not None:
+            inode.believed_until = NEVER
+            inode.changed_at = self._clock()
+
+    def doubt_all(self) -> None:
+        for inode in self._inodes.values():
+            inode.believed_until = NEVER
+            inode.changed_at = self._clock()
+
+    def seconds_left(self, inode: Inode) -> float:
+        """How long the kernel may believe what it is told now."""
+        return max(0.0, inode.believed_until - self._clock())
+
+    def forget(self, ino: int, count: int) -> None:
+        """The kernel gives back ``count`` references."""
+        inode = self._inodes.get(ino)
+        if inode is not None:
+            inode.lookups = max(0, inode.lookups - count)
+            self.drop_unused(inode)
+
+    def drop_unused(self, inode: Inode) -> None:
+        """Forgets an inode that neither the kernel nor an open file refers to."""
+        if inode.lookups == 0 and inode.opened is None:
+            self._inodes.pop(inode.ino, None)

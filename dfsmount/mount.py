@@ -1,0 +1,368 @@
+"""One mount from beginning to end: checks, session, kernel, signals, and an orderly end.
+
+The order matters: whatever can be wrong is found before the kernel is asked to mount; success is reported only when
+the mounted directory has answered; and the end writes everything before the session is closed.
+"""
+
+import gc
+import os
+import resource
+import shutil
+import signal
+import socket
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+
+import pyfuse3
+import structlog
+import trio
+
+from chunkserver.client import open_pool
+from dfsmount import dfs_mounts, fuseloop
+from dfsmount.cache import BlockCache
+from dfsmount.config import DEFAULT_KEY_FILE, MountPlan, Options
+from dfsmount.operations import Operations
+from dfsmount.reader import Reader, ReaderOptions
+from dfsmount.remote import Remote
+from dfsmount.vfs import Vfs
+from dfsmount.vfs_core import Core, VfsOptions
+from dfsmount.waiting import Waiting
+from dfsmount.writer import Writer, WriterOptions
+from metaserver.client import Hooks, MetaClient, SessionIdentity, open_meta
+from metaserver.errors import DfsError, ErrorCode
+from metaserver.key import ClusterKey, KeyFileError, load_key
+
+log = structlog.get_logger(__name__)
+
+FUSE_DEVICE = Path("/dev/fuse")
+FUSE_CONFIG = Path("/etc/fuse.conf")
+# 99 waiting handlers stop a mount with pyfuse3's default; see also waiting.LIMIT.
+MAX_TASKS = 2000
+# Idle handlers beyond these end: starting one costs about as much as a request.
+IDLE_TASKS = 8
+# At the default of 128 KiB two requests are in flight; at this eight, of 1 MiB each.
+READ_AHEAD_KIB = 4096
+# After SIGTERM, how long requests in progress may go on once everything is flushed.
+DRAIN_SECONDS = 5.0
+# Writing out what is left takes as long as it takes, but a cluster that does not answer must not hold up a shutdown.
+FINISH_SECONDS = 90.0
+
+
+class MountError(Exception):
+    """The mount cannot be made, or could not be ended cleanly; one line that says what to do."""
+
+
+# -- before anything is asked of anybody ---------------------------------------------------------------------------
+
+
+def prepare(plan: MountPlan) -> MountPlan:
+    """Checks everything on this host; the plan with an absolute mountpoint."""
+    _check_fuse(plan.options)
+    mountpoint = Path(os.path.abspath(plan.mountpoint))
+    _check_mountpoint(mountpoint)
+    return MountPlan(plan.source, mountpoint.resolve(), plan.options, plan.foreground)
+
+
+def _check_fuse(options: Options) -> None:
+    if not FUSE_DEVICE.exists():
+        raise MountError(f"there is no {FUSE_DEVICE}: modprobe fuse, or give the container that device")
+    if os.geteuid() == 0:
+        return
+    if shutil.which("fusermount3") is None:
+        raise MountError("fusermount3 is not installed: without root it is needed (package fuse3)")
+    if options.allow_other and not _others_allowed():
+        raise MountError(f"allow_other is not allowed: add the line user_allow_other to {FUSE_CONFIG}, or be root")
+
+
+def _others_allowed() -> bool:
+    try:
+        return any(line.strip() == "user_allow_other" for line in FUSE_CONFIG.read_text().splitlines())
+    except OSError:
+        return False
+
+
+def _check_mountpoint(path: Path) -> None:
+    mount = dfs_mounts.mount_at(str(path))
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise MountError(f"the mountpoint {path} does not exist: mkdir it") from None
+    except OSError as error:
+        if mount is not None and dfs_mounts.is_dead(str(path)):
+            raise MountError(f"the process of an earlier mount on {path} is gone: umount -l {path} first") from None
+        raise MountError(f"cannot use the mountpoint {path}: {error.strerror}") from None
+    if not stat.S_ISDIR(mode):
+        raise MountError(f"the mountpoint {path} is not a directory")
+    mount = mount or dfs_mounts.mount_at(str(path.resolve()))
+    if mount is not None and mount.type.startswith("fuse"):
+        raise MountError(f"{path} is busy: {mount.source} is already mounted there")
+
+
+def find_key(options: Options) -> ClusterKey | None:
+    """The key that was named, or the one at the usual place; None if there is none there."""
+    path = options.key_file
+    if path is None:
+        if not DEFAULT_KEY_FILE.exists():
+            return None
+        path = DEFAULT_KEY_FILE
+    try:
+        return load_key(path)
+    except KeyFileError as error:
+        raise MountError(str(error)) from None
+
+
+# -- from the first connection to the last -------------------------------------------------------------------------
+
+
+def run(plan: MountPlan, ready: Callable[[], None]) -> int:
+    """Mounts and serves until the unmount; calls ``ready`` once the mount answers. Returns the exit code.
+
+    Raises :class:`MountError` if it comes to nothing.
+    """
+    key = find_key(plan.options)
+    _raise_limits()
+    try:
+        return trio.run(_serve, plan, key, ready)
+    except* MountError as group:
+        _raise_first(group)
+    except* DfsError as group:
+        raise MountError(_first(group)) from None
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _raise_first(group: BaseExceptionGroup[BaseException]) -> NoReturn:
+    raise _first(group) from None
+
+
+def _raise_limits() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _serve(plan: MountPlan, key: ClusterKey | None, ready: Callable[[], None]) -> int:
+    mounted: list[Mounted] = []
+    hooks = Hooks(
+        on_flush=lambda inos: mounted[0].vfs.flush_pushed(inos),
+        on_changed=lambda inos: mounted[0].vfs.changed_pushed(inos),
+        opened=lambda: mounted[0].vfs.opened() if mounted else [],
+        on_new_session=lambda: mounted[0].vfs.new_session(),
+        dirty_bytes=lambda: mounted[0].writer.dirty_bytes if mounted else 0,
+    )
+    source = plan.source
+    identity = SessionIdentity(
+        socket.gethostname(),
+        str(plan.mountpoint),
+        os.getpid(),
+        os.fsencode(source.subdirectory),
+        plan.options.read_only,
+    )
+    try:
+        async with (
+            open_meta(source.host, source.port, key, identity, hooks) as meta,
+            open_pool(key, meta.cluster_id, session=meta.session) as pool,
+        ):
+            options = plan.options
+            writer = Writer(meta, pool, _writer_options(options))
+            reader = Reader(meta, pool, _block_cache(options), ReaderOptions())
+            mounted.append(Mounted(plan, meta, writer, reader))
+            return await mounted[0].run(ready)
+    except DfsError as error:
+        raise MountError(_explain(error, plan)) from None
+
+
+def _explain(error: DfsError, plan: MountPlan) -> str:
+    """One line for what the metaserver or the network answered to the attempt to begin."""
+    if error.code in (ErrorCode.NOT_FOUND, ErrorCode.NOT_DIRECTORY):
+        return f"there is no directory {plan.source.subdirectory} in the cluster at {plan.source.host}"
+    if error.code is ErrorCode.BAD_KEY and plan.options.key_file is None:
+        return f"{error.text} (-o key_file=PATH; {DEFAULT_KEY_FILE} is used if it exists)"
+    return error.text
+
+
+def _block_cache(options: Options) -> BlockCache:
+    return BlockCache() if options.cache_mib is None else BlockCache(options.cache_mib << 20)
+
+
+def _writer_options(options: Options) -> WriterOptions:
+    host = socket.gethostname()
+    return WriterOptions(host) if options.dirty_mib is None else WriterOptions(host, options.dirty_mib << 20)
+
+
+class PyfuseKernel:
+    """Tells the kernel what to drop."""
+
+    def __init__(self, root: int) -> None:
+        self._root = root
+
+    def forget_attributes(self, ino: int) -> None:
+        self._invalidate(ino, attr_only=True)
+
+    def forget_contents(self, inos: Sequence[int]) -> None:
+        for ino in inos:
+            self._invalidate(ino, attr_only=False)
+
+    def _invalidate(self, ino: int, *, attr_only: bool) -> None:
+        inode = pyfuse3.ROOT_INODE if ino == self._root else pyfuse3.InodeT(ino)
+        # ENOENT: the kernel does not know the inode; anything else means that the mount is ending.
+        with suppress(OSError):
+            pyfuse3.invalidate_inode(inode, attr_only=attr_only)
+
+
+class Mounted:
+    """The parts of a running mount."""
+
+    def __init__(self, plan: MountPlan, meta: MetaClient, writer: Writer, reader: Reader) -> None:
+        options = plan.options
+        self.plan = plan
+        self.writer = writer
+        core = Core(
+            Remote(meta, options.timeout),
+            writer,
+            reader,
+            PyfuseKernel(meta.root.ino),
+            VfsOptions(options.attr_timeout, options.entry_timeout, options.sync_close, options.read_only),
+        )
+        root = core.inodes.learn(meta.root, core.inodes.now())
+        root.lookups = 1
+        self.vfs = Vfs(core, meta.root.ino)
+        self._waiting = Waiting(options.timeout)
+        self._main_scope = trio.CancelScope()
+
+    async def run(self, ready: Callable[[], None]) -> int:
+        """Mounts and serves until the end; the exit code."""
+        clean = True
+        async with trio.open_nursery() as nursery:
+            _init_fuse(Operations(self.vfs, self._waiting), self.plan)
+            try:
+                nursery.start_soon(self.writer.run)
+                nursery.start_soon(self.vfs.run)
+                nursery.start_soon(self._waiting.watch)
+                nursery.start_soon(self._await_signals)
+                nursery.start_soon(self._announce, ready)
+                # What exists now stays: the collector need not look at it again.
+                gc.collect()
+                gc.freeze()
+                with self._main_scope:
+                    await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=MAX_TASKS)
+            finally:
+                clean = await self._finish()
+                pyfuse3.close(unmount=True)
+            nursery.cancel_scope.cancel()
+        return 0 if clean else 1
+
+    async def _announce(self, ready: Callable[[], None]) -> None:
+        mountpoint = self.plan.mountpoint
+        device = await trio.to_thread.run_sync(_ask_mount, mountpoint, abandon_on_cancel=True)
+        _raise_read_ahead(device)
+        log.info("mounted", source=str(self.plan.source), mountpoint=str(mountpoint))
+        notify_systemd("READY=1")
+        ready()
+
+    async def _await_signals(self) -> None:
+        """SIGTERM and SIGINT: writes everything while the mount still works, then ends it."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            number = await anext(aiter(signals))
+        log.info("unmounting", signal=signal.Signals(number).name)
+        notify_systemd("STOPPING=1")
+        with trio.move_on_after(FINISH_SECONDS), suppress(DfsError):
+            await self.writer.flush_all()
+        pyfuse3.terminate()
+        await trio.sleep(DRAIN_SECONDS)
+        self._main_scope.cancel()
+
+    async def _finish(self) -> bool:
+        """Writes out what is left; whether everything is durable. Cannot be cancelled, but is bounded."""
+        try:
+            with trio.CancelScope(shield=True), trio.fail_after(FINISH_SECONDS):
+                await self.vfs.finish()
+        except (DfsError, trio.TooSlowError) as error:
+            log.error("not everything could be written before the end", error=str(error))
+            return False
+        log.info("unmounted", mountpoint=str(self.plan.mountpoint))
+        return True
+
+
+# -- the kernel's side ---------------------------------------------------------------------------------------------
+
+
+def _init_fuse(operations: Operations, plan: MountPlan) -> None:
+    """Mounts; raises :class:`MountError` with what libfuse printed to standard error."""
+    pyfuse3.trio = fuseloop.stand_in()  # type: ignore[attr-defined]
+    with _captured_errors() as said:
+        try:
+            pyfuse3.init(operations, str(plan.mountpoint), _fuse_options(plan))
+        except RuntimeError:
+            failed = True
+        else:
+            failed = False
+    if failed:
+        reason = said[0] or "the kernel refused"
+        raise MountError(f"cannot mount on {plan.mountpoint}: {reason}")
+
+
+def _fuse_options(plan: MountPlan) -> set[str]:
+    options = plan.options
+    name = str(plan.source).encode("ascii", "replace").decode().replace(",", "?").replace("\\", "?")
+    words = {f"fsname={name}", "subtype=dfs", "default_permissions", *options.kernel}
+    if options.allow_other or (options.allow_other is None and os.geteuid() == 0):
+        words.add("allow_other")
+    if options.read_only:
+        words.add("ro")
+    return words
+
+
+@contextmanager
+def _captured_errors() -> Iterator[list[str]]:
+    """Afterwards the list has the last line that was written to standard error meanwhile, "" if none."""
+    said = [""]
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            lines = file.read().decode(errors="replace").strip().splitlines()
+            said[0] = lines[-1].strip() if lines else ""
+
+
+def _ask_mount(mountpoint: Path) -> int:
+    """Makes sure that the mount answers; its device number."""
+    os.statvfs(mountpoint)
+    return mountpoint.stat().st_dev
+
+
+def _raise_read_ahead(device: int) -> None:
+    path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    try:
+        path.write_text(f"{READ_AHEAD_KIB}\n")
+    except OSError as error:
+        # Not root, or a container's read-only /sys: reading is slower, nothing else.
+        log.debug("read-ahead stays as it is", path=str(path), error=error.strerror)
+
+
+def notify_systemd(state: str) -> None:
+    """sd_notify(3): does nothing unless systemd started this with Type=notify."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.sendto(state.encode(), address)
+    except OSError as error:
+        log.warning("could not notify systemd", error=error.strerror)

@@ -1,0 +1,300 @@
+"""The adapter between pyfuse3 and :class:`dfsmount.vfs.Vfs`: decodes, calls, encodes. It decides nothing.
+
+Two guards stand around every handler, because an exception other than ``FUSEError`` would end ``pyfuse3.main``:
+``_guarded`` maps errors, ``_bounded`` also registers the operation in :class:`dfsmount.waiting.Waiting`, which gives it
+a name, a deadline and a limit. What can be answered without waiting goes past the second.
+
+pyfuse3 3.5 hands no flags to setxattr: it asks getxattr first if XATTR_CREATE or XATTR_REPLACE is given, so these two
+are not atomic against other mounts.
+"""
+
+import errno
+import functools
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+import structlog
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
+
+from dfsmount.errors import errno_of
+from dfsmount.vfs import Vfs
+from dfsmount.vfs_core import BLOCK_BYTES, Shown
+from dfsmount.vfs_files import Opened
+from dfsmount.vfs_names import Caller
+from dfsmount.waiting import Kind, Waiting
+from metaserver.errors import DfsError
+from metaserver.protocol import NAME_MAX, SetAttributes
+
+log = structlog.get_logger(__name__)
+
+# What df calls a block. Inodes are 64-bit and never run out; programs want to see some free ones.
+STATFS_BLOCK_BYTES = 4096
+FREE_INODES = 1 << 40
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Handler = Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]
+
+
+def _guarded(handler: Handler[P, R]) -> Handler[P, R]:
+    """For handlers that do not wait."""
+
+    async def run(self: "Operations", /, *arguments: P.args, **named: P.kwargs) -> R:
+        try:
+            return await handler(self, *arguments, **named)
+        except DfsError as error:
+            raise FUSEError(errno_of(error)) from None
+        except FUSEError:
+            raise
+        except Exception:
+            log.exception("handler failed", operation=handler.__name__)
+            raise FUSEError(errno.EIO) from None
+
+    functools.update_wrapper(run, handler)
+    return run
+
+
+def _bounded(kind: Kind) -> Callable[[Handler[P, R]], Handler[P, R]]:
+    """For handlers that may wait; past the deadline the answer is EIO, and what was asked is withdrawn."""
+
+    def decorate(handler: Handler[P, R]) -> Handler[P, R]:
+        name = handler.__name__.strip("_")
+
+        async def run(self: "Operations", /, *arguments: P.args, **named: P.kwargs) -> R:
+            waiting = self._waiting
+            operation = waiting.begin(kind, name, arguments[0])
+            try:
+                with operation.scope:
+                    return await handler(self, *arguments, **named)
+                raise FUSEError(errno.EIO)
+            finally:
+                waiting.end(operation)
+
+        functools.update_wrapper(run, handler)
+        return _guarded(run)
+
+    return decorate
+
+
+def _caller(ctx: RequestContext) -> Caller:
+    return Caller(ctx.uid, ctx.gid)
+
+
+class Operations(pyfuse3.Operations):
+    """The handlers. The kernel calls the mounted directory inode 1, whatever its ino is."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, vfs: Vfs, waiting: Waiting) -> None:
+        super().__init__()
+        self._vfs = vfs
+        self._names = vfs.names
+        self._files = vfs.files
+        self._waiting = waiting
+        self._root = vfs.root
+
+    # -- decoding and encoding ---------------------------------------------------------------------------------
+
+    def _inside(self, inode: int) -> int:
+        return self._root if inode == pyfuse3.ROOT_INODE else inode
+
+    def _outside(self, ino: int) -> int:
+        return pyfuse3.ROOT_INODE if ino == self._root else ino
+
+    def _encode(self, shown: Shown) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(self._outside(shown.ino))
+        entry.generation = shown.generation
+        entry.entry_timeout = shown.entry_seconds
+        entry.attr_timeout = shown.attr_seconds
+        entry.st_mode = pyfuse3.ModeT(shown.mode)
+        entry.st_nlink = shown.nlink
+        entry.st_uid = shown.uid
+        entry.st_gid = shown.gid
+        entry.st_rdev = shown.rdev
+        entry.st_size = shown.size
+        entry.st_blksize = BLOCK_BYTES
+        entry.st_blocks = shown.blocks
+        entry.st_atime_ns = shown.atime_ns
+        entry.st_mtime_ns = shown.mtime_ns
+        entry.st_ctime_ns = shown.ctime_ns
+        return entry
+
+    def _decode_changes(self, inode: int, attr: EntryAttributes, fields: SetattrFields) -> SetAttributes:
+        return SetAttributes(
+            self._inside(inode),
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+
+    # -- names -------------------------------------------------------------------------------------------------
+
+    @_bounded(Kind.NAMES)
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        return self._encode(await self._names.lookup(self._inside(parent_inode), name))
+
+    async def forget(self, inode_list: Any) -> None:
+        for inode, count in inode_list:
+            self._vfs.forget(self._inside(inode), count)
+
+    @_bounded(Kind.NAMES)
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        return self._encode(await self._names.make(self._inside(parent_inode), name, mode, _caller(ctx), rdev=rdev))
+
+    @_bounded(Kind.NAMES)
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._encode(await self._names.make(self._inside(parent_inode), name, mode, _caller(ctx)))
+
+    @_bounded(Kind.NAMES)
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        return self._encode(await self._names.make_link(self._inside(parent_inode), name, target, _caller(ctx)))
+
+    @_bounded(Kind.NAMES)
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        return await self._names.read_link(self._inside(inode))
+
+    @_bounded(Kind.NAMES)
+    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self._names.unlink(self._inside(parent_inode), name, directory=False)
+
+    @_bounded(Kind.NAMES)
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self._names.unlink(self._inside(parent_inode), name, directory=True)
+
+    @_bounded(Kind.NAMES)
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        old, new = self._inside(parent_inode_old), self._inside(parent_inode_new)
+        await self._names.rename(old, name_old, new, name_new, flags)
+
+    @_bounded(Kind.NAMES)
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+        return self._encode(await self._names.link(self._inside(inode), self._inside(new_parent_inode), new_name))
+
+    @_guarded
+    async def opendir(self, inode: int, ctx: RequestContext) -> pyfuse3.FileHandleT:
+        return pyfuse3.FileHandleT(self._names.open_directory(self._inside(inode)))
+
+    @_bounded(Kind.NAMES)
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        for listed in await self._names.list_directory(fh, start_id):
+            name = pyfuse3.FileNameT(listed.name)
+            if not pyfuse3.readdir_reply(token, name, self._encode(listed.shown), listed.cookie):
+                break
+            self._names.took(listed)
+
+    @_guarded
+    async def releasedir(self, fh: int) -> None:
+        self._names.release_directory(fh)
+
+    @_bounded(Kind.WRITING)
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self._vfs.sync_names()
+
+    # -- attributes --------------------------------------------------------------------------------------------
+
+    @_guarded
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        shown = self._vfs.known_attributes(self._inside(inode))
+        return self._encode(shown if shown is not None else await self._ask_attributes(inode))
+
+    @_bounded(Kind.NAMES)
+    async def _ask_attributes(self, inode: int) -> Shown:
+        return await self._vfs.get_attributes(self._inside(inode))
+
+    @_bounded(Kind.NAMES)
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        return self._encode(await self._vfs.set_attributes(self._decode_changes(inode, attr, fields)))
+
+    @_guarded
+    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+        """Never called: the kernel checks permissions itself (``default_permissions``)."""
+        return True
+
+    @_bounded(Kind.NAMES)
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        stats = await self._vfs.statistics()
+        data = StatvfsData()
+        data.f_bsize = data.f_frsize = STATFS_BLOCK_BYTES
+        data.f_blocks = stats.total // STATFS_BLOCK_BYTES
+        data.f_bfree = data.f_bavail = stats.free // STATFS_BLOCK_BYTES
+        data.f_files = stats.inodes + FREE_INODES
+        data.f_ffree = data.f_favail = FREE_INODES
+        data.f_namemax = NAME_MAX
+        return data
+
+    @_guarded
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        if self._vfs.knows_no_xattr(self._inside(inode), name):
+            raise FUSEError(pyfuse3.ENOATTR)
+        return await self._ask_xattr(inode, name)
+
+    @_bounded(Kind.NAMES)
+    async def _ask_xattr(self, inode: int, name: bytes) -> bytes:
+        return await self._vfs.get_xattr(self._inside(inode), name)
+
+    @_bounded(Kind.NAMES)
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        await self._vfs.set_xattr(self._inside(inode), name, value)
+
+    @_bounded(Kind.NAMES)
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Any:
+        return await self._vfs.list_xattrs(self._inside(inode))
+
+    @_bounded(Kind.NAMES)
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self._vfs.remove_xattr(self._inside(inode), name)
+
+    # -- contents ----------------------------------------------------------------------------------------------
+
+    @_bounded(Kind.NAMES)
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        return _file_info(await self._files.open(self._inside(inode), flags))
+
+    @_bounded(Kind.NAMES)
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        parent = self._inside(parent_inode)
+        opened, shown = await self._files.create(parent, name, mode, flags, _caller(ctx))
+        return _file_info(opened), self._encode(shown)
+
+    @_bounded(Kind.READING)
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        return await self._files.read(fh, off, size)
+
+    @_bounded(Kind.WRITING)
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        return await self._files.write(fh, off, buf)
+
+    @_bounded(Kind.WRITING)
+    async def flush(self, fh: int) -> None:
+        await self._files.flush(fh)
+
+    @_bounded(Kind.WRITING)
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self._files.fsync(fh)
+
+    @_guarded
+    async def release(self, fh: int) -> None:
+        self._files.release(fh)
+
+
+def _file_info(opened: Opened) -> FileInfo:
+    return FileInfo(fh=pyfuse3.FileHandleT(opened.number), direct_io=opened.direct, keep_cache=opened.keep_cache)

@@ -1,0 +1,80 @@
+"""What the mount asks for, one method per operation: this implementation asks the metaserver for each.
+
+The next one will apply changes locally while it holds leases and send them as a journal (docs/design.md section 9);
+therefore ``vfs`` knows this interface and not the protocol's calls.
+"""
+
+from collections.abc import Sequence
+
+from metaserver import protocol
+from metaserver.client import MetaClient
+from metaserver.protocol import Attributes, DirectoryPage, Entry, FsStats, Made, Renamed, SetAttributes, Unlinked
+
+
+class Remote:
+    """Every method raises :class:`metaserver.errors.DfsError`; TIMEOUT after ``timeout_seconds``.
+
+    Cancelling a change withdraws it: if it has not happened by then, it never will.
+    """
+
+    def __init__(self, meta: MetaClient, timeout_seconds: float) -> None:
+        self._meta = meta
+        self._timeout = timeout_seconds
+
+    async def lookup(self, parent: int, name: bytes) -> Entry:
+        return await self._meta.call(protocol.LOOKUP, protocol.Lookup(parent, name), timeout=self._timeout)
+
+    async def get_attributes(self, ino: int) -> Entry:
+        return await self._meta.call(protocol.GET_ATTRIBUTES, protocol.GetAttributes(ino), timeout=self._timeout)
+
+    async def set_attributes(self, changes: SetAttributes) -> Attributes:
+        return await self._meta.call(protocol.SET_ATTRIBUTES, changes, timeout=self._timeout)
+
+    async def read_directory(self, ino: int, cookie: int, count: int) -> DirectoryPage:
+        request = protocol.ReadDirectory(ino, cookie, count, True)
+        return await self._meta.call(protocol.READ_DIRECTORY, request, timeout=self._timeout)
+
+    async def make(self, request: protocol.Make) -> Made:
+        return await self._meta.call(protocol.MAKE, request, timeout=self._timeout)
+
+    async def unlink(self, parent: int, name: bytes, *, directory: bool) -> Unlinked:
+        request = protocol.Unlink(parent, name, directory)
+        return await self._meta.call(protocol.UNLINK, request, timeout=self._timeout)
+
+    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> Renamed:
+        request = protocol.Rename(parent, name, new_parent, new_name, flags)
+        return await self._meta.call(protocol.RENAME, request, timeout=self._timeout)
+
+    async def link(self, ino: int, new_parent: int, new_name: bytes) -> Attributes:
+        return await self._meta.call(protocol.LINK, protocol.Link(ino, new_parent, new_name), timeout=self._timeout)
+
+    async def get_xattr(self, ino: int, name: bytes) -> bytes:
+        reply = await self._meta.call(protocol.GET_XATTR, protocol.GetXattr(ino, name), timeout=self._timeout)
+        return reply.value
+
+    async def set_xattr(self, ino: int, name: bytes, value: bytes) -> None:
+        request = protocol.SetXattr(ino, name, value, protocol.XattrFlags.NONE)
+        await self._meta.call(protocol.SET_XATTR, request, timeout=self._timeout)
+
+    async def list_xattrs(self, ino: int) -> tuple[bytes, ...]:
+        reply = await self._meta.call(protocol.LIST_XATTRS, protocol.ListXattrs(ino), timeout=self._timeout)
+        return reply.names
+
+    async def remove_xattr(self, ino: int, name: bytes) -> None:
+        await self._meta.call(protocol.REMOVE_XATTR, protocol.RemoveXattr(ino, name), timeout=self._timeout)
+
+    async def open(self, ino: int, *, writing: bool) -> Entry:
+        return await self._meta.call(protocol.OPEN, protocol.Open(ino, writing), timeout=self._timeout)
+
+    async def close(self, inos: Sequence[int]) -> None:
+        await self._meta.call(protocol.CLOSE, protocol.Close(tuple(inos)), timeout=self._timeout)
+
+    async def stat_fs(self, ino: int) -> FsStats:
+        return await self._meta.call(protocol.STAT_FS, protocol.StatFs(ino), timeout=self._timeout)
+
+    async def sync(self) -> None:
+        """Returns when everything this mount has done or seen is durable."""
+        await self._meta.sync(timeout=self._timeout)
+
+    def now_ns(self) -> int:
+        return self._meta.now_ns()

@@ -1,0 +1,163 @@
+"""The filesystem as the kernel asks for it: names, contents, attributes, and what the metaserver pushes.
+
+Nothing here knows FUSE: ``operations`` decodes the kernel's requests and encodes these answers.
+"""
+
+from collections.abc import Sequence
+
+import structlog
+import trio
+
+from dfsmount.handles import OpenFile, close_batches, close_idle
+from dfsmount.vfs_core import Core, Shown
+from dfsmount.vfs_files import Files
+from dfsmount.vfs_names import Names
+from metaserver.errors import DfsError, ErrorCode
+from metaserver.protocol import FsStats, InodeFlags, Opened, SetAttributes
+
+log = structlog.get_logger(__name__)
+
+STATS_SECONDS = 1.0
+# POSIX ACLs come later; until then "not supported" makes cp and ls go on without.
+_ACL_PREFIX = b"system.posix_acl_"
+
+
+class Vfs:
+    """One mounted filesystem. ``root`` is the ino of the directory that is mounted."""
+
+    def __init__(self, core: Core, root: int) -> None:
+        self.core = core
+        self.root = root
+        self.names = Names(core, root)
+        self.files = Files(core)
+        self._stats: FsStats | None = None
+        self._stats_until = 0.0
+        self._reopen = trio.Event()
+
+    async def run(self) -> None:
+        """What goes on beside the kernel's requests, for ever."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(close_idle, self.core.files, self.core.remote)
+            nursery.start_soon(self.core.tell_kernel)
+            nursery.start_soon(self._reopen_all)
+
+    # -- attributes --------------------------------------------------------------------------------------------
+
+    def known_attributes(self, ino: int) -> Shown | None:
+        """The answer to a getattr that needs no asking."""
+        inode = self.core.inodes.believed(ino)
+        return None if inode is None else self.core.show(inode)
+
+    async def get_attributes(self, ino: int) -> Shown:
+        return self.core.show(await self.core.attributes(ino))
+
+    async def set_attributes(self, changes: SetAttributes) -> Shown:
+        return self.core.show(await self.files.set_attributes(changes))
+
+    def forget(self, ino: int, count: int) -> None:
+        """The kernel gives back ``count`` of its references."""
+        self.core.inodes.forget(ino, count)
+
+    async def statistics(self) -> FsStats:
+        """Space and inodes, at most a second old."""
+        now = self.core.inodes.now()
+        if self._stats is None or now >= self._stats_until:
+            self._stats = await self.core.remote.stat_fs(self.root)
+            self._stats_until = now + STATS_SECONDS
+        return self._stats
+
+    # -- extended attributes -----------------------------------------------------------------------------------
+
+    def knows_no_xattr(self, ino: int, name: bytes) -> bool:
+        """Whether ``name`` is known to be missing (the kernel asks for security.capability before each write)."""
+        inode = self.core.inodes.believed(ino)
+        has_none = inode is not None and not inode.attributes.flags & InodeFlags.HAS_XATTRS
+        return has_none and not name.startswith(_ACL_PREFIX)
+
+    async def get_xattr(self, ino: int, name: bytes) -> bytes:
+        _refuse_acl(name)
+        inode = await self.core.attributes(ino)
+        if not inode.attributes.flags & InodeFlags.HAS_XATTRS:
+            raise DfsError(ErrorCode.NO_ATTRIBUTE)
+        return await self.core.remote.get_xattr(ino, name)
+
+    async def set_xattr(self, ino: int, name: bytes, value: bytes) -> None:
+        """Whether the name must or must not exist was checked by pyfuse3, not in one step with the change."""
+        _refuse_acl(name)
+        await self.core.remote.set_xattr(ino, name, value)
+        self.core.inodes.doubt(ino)
+
+    async def list_xattrs(self, ino: int) -> tuple[bytes, ...]:
+        inode = await self.core.attributes(ino)
+        if not inode.attributes.flags & InodeFlags.HAS_XATTRS:
+            return ()
+        return await self.core.remote.list_xattrs(ino)
+
+    async def remove_xattr(self, ino: int, name: bytes) -> None:
+        _refuse_acl(name)
+        await self.core.remote.remove_xattr(ino, name)
+        self.core.inodes.doubt(ino)
+
+    # -- durability --------------------------------------------------------------------------------------------
+
+    async def sync_names(self) -> None:
+        """fsync(2) of a directory: every name this mount has made or seen is on stable storage."""
+        await self.core.remote.sync()
+
+    async def finish(self) -> None:
+        """Unmounting: everything written is committed and durable, everything opened deregistered."""
+        await self.core.writer.close()
+        await self.core.remote.sync()
+        await close_batches(self.core.files, self.core.remote)
+
+    # -- what the metaserver's client asks and tells; see metaserver.client.Hooks ---------------------------------
+
+    async def flush_pushed(self, inos: Sequence[int]) -> None:
+        """Another session wants to see these: returns when what is dirty of them is committed, or cannot be."""
+
+        async def flush(ino: int) -> None:
+            try:
+                await self.core.flush(ino)
+            except DfsError as error:
+                log.error("could not write what another mount wants to read", inode=ino, error=str(error))
+
+        async with trio.open_nursery() as nursery:
+            for ino in inos:
+                nursery.start_soon(flush, ino)
+
+    def changed_pushed(self, inos: Sequence[int]) -> None:
+        self.core.doubt_contents(inos)
+
+    def opened(self) -> list[Opened]:
+        """Asked for after a connection was lost, and pushes with it: whatever is open may have changed."""
+        self.core.inodes.doubt_all()
+        self.core.doubt_contents([file.ino for file in self.core.files])
+        return self.core.files.opened()
+
+    def new_session(self) -> None:
+        """The metaserver gave this mount up: unwritten data is lost, caches are worth nothing, open files go on."""
+        self.core.writer.abandon_all(DfsError(ErrorCode.IO, "the session ended before this data was written"))
+        self.core.doubt_contents([inode.ino for inode in self.core.inodes])
+        self._reopen.set()
+
+    async def _reopen_all(self) -> None:
+        """Registers what is open with a new session, for ever."""
+        while True:
+            await self._reopen.wait()
+            self._reopen = trio.Event()
+            for file in list(self.core.files):
+                await self._reopen_one(file)
+
+    async def _reopen_one(self, file: OpenFile) -> None:
+        asked_at = self.core.inodes.now()
+        try:
+            entry = await self.core.remote.open(file.ino, writing=file.writing)
+        except DfsError as error:
+            log.warning("an open file could not be registered again", inode=file.ino, error=str(error))
+        else:
+            self.core.learn(entry, asked_at)
+
+
+def _refuse_acl(name: bytes) -> None:
+    if name.startswith(_ACL_PREFIX):
+        raise DfsError(ErrorCode.NOT_SUPPORTED)

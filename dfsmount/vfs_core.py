@@ -1,0 +1,175 @@
+"""What the halves of the virtual filesystem share: the tables, and what the kernel is told about an inode."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+import trio
+
+from dfsmount.handles import HandleTable, OpenFile, OpenFiles
+from dfsmount.inodes import Inode, InodeTable
+from dfsmount.reader import Reader
+from dfsmount.remote import Remote
+from dfsmount.writer import Writer
+from metaserver.protocol import Attributes, Entry, FileMap
+
+# What stdio and cp take as the size of their buffers; also the unit of verification.
+BLOCK_BYTES = 64 << 10
+SECTOR_BYTES = 512
+
+
+class VfsOptions(msgspec.Struct, frozen=True):
+    """``sync_close``: close waits for the commit. Time-outs in seconds."""
+
+    attr_timeout: float = 1.0
+    entry_timeout: float = 1.0
+    sync_close: bool = False
+    read_only: bool = False
+
+
+class Kernel(Protocol):
+    """What can be told to the kernel without being asked. Unknown inodes are no error."""
+
+    def forget_attributes(self, ino: int) -> None:
+        """Drops cached attributes. Never blocks, so that a handler may call it."""
+
+    def forget_contents(self, inos: Sequence[int]) -> None:
+        """Drops attributes and cached pages. Blocks until reads in progress have ended: call it in a thread."""
+
+
+class Shown(msgspec.Struct, gc=False):
+    """An inode as the kernel is told: local sizes and times of unwritten data included. ``blocks`` of 512 bytes."""
+
+    ino: int
+    generation: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    size: int
+    blocks: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    entry_seconds: float
+    attr_seconds: float
+
+
+class Core:
+    """The state of a mount."""
+
+    def __init__(self, remote: Remote, writer: Writer, reader: Reader, kernel: Kernel, options: VfsOptions) -> None:
+        self.remote = remote
+        self.writer = writer
+        self.reader = reader
+        self.kernel = kernel
+        self.options = options
+        self.inodes = InodeTable(options.attr_timeout)
+        self.files = OpenFiles(self.inodes)
+        self.handles = HandleTable()
+        self._doubted_contents: set[int] = set()
+        self._doubts = trio.Event()
+
+    # -- learning and showing ----------------------------------------------------------------------------------
+
+    def learn(self, entry: Entry, asked_at: float, parent: int = 0) -> Inode:
+        """Takes the answer to a question asked at ``asked_at`` into all tables."""
+        inode = self.inodes.learn(entry.attributes, asked_at, parent=parent, target=entry.target)
+        if inode.opened is not None and asked_at >= inode.changed_at:
+            inode.opened.state.refresh(entry)
+        return inode
+
+    def changed(self, attributes: Attributes, asked_at: float) -> Inode:
+        """Takes the attributes that a change of our own has left."""
+        inode = self.inodes.changed(attributes, asked_at)
+        if inode.opened is not None:
+            inode.opened.state.refresh(entry_of(attributes))
+        return inode
+
+    async def attributes(self, ino: int) -> Inode:
+        """The inode with attributes that may be shown; asks if necessary."""
+        inode = self.inodes.believed(ino)
+        if inode is not None:
+            return inode
+        asked_at = self.inodes.now()
+        entry = await self.remote.get_attributes(ino)
+        return self.learn(entry, asked_at)
+
+    def show(self, inode: Inode) -> Shown:
+        """What the kernel is to be told now."""
+        opened = inode.opened
+        attributes = inode.attributes
+        if opened is not None and opened.state.attributes.data_version > attributes.data_version:
+            attributes = inode.attributes = opened.state.attributes
+        size, mtime_ns, ctime_ns = attributes.size, attributes.mtime_ns, attributes.ctime_ns
+        allocated = attributes.allocated
+        if opened is not None and opened.state.is_dirty:
+            state = opened.state
+            size, mtime_ns, ctime_ns = state.size, state.mtime_ns, max(ctime_ns, state.ctime_ns)
+            allocated += sum(layer.size for layer in state.dirty.layers)
+        left = self.inodes.seconds_left(inode)
+        inode.shown_size = size
+        return Shown(
+            attributes.ino,
+            attributes.generation,
+            attributes.mode,
+            attributes.nlink,
+            attributes.uid,
+            attributes.gid,
+            attributes.rdev,
+            size,
+            -(-allocated // SECTOR_BYTES),
+            attributes.atime_ns,
+            mtime_ns,
+            ctime_ns,
+            min(left, self.options.entry_timeout),
+            left,
+        )
+
+    # -- what others changed -----------------------------------------------------------------------------------
+
+    def doubt_contents(self, inos: Sequence[int]) -> None:
+        """Others changed these inodes: the kernel's caches of them are dropped soon, ours at the next use."""
+        for ino in inos:
+            self.inodes.doubt(ino)
+            file = self.files.get(ino)
+            if file is not None:
+                file.stale = True
+            if self.inodes.get(ino) is not None:
+                self._doubted_contents.add(ino)
+        self._doubts.set()
+
+    async def tell_kernel(self) -> None:
+        """Drops the kernel's caches of what others changed, for ever. Its thread may wait for reads in progress, which
+        is why no handler does this."""
+        while True:
+            await self._doubts.wait()
+            self._doubts = trio.Event()
+            inos, self._doubted_contents = sorted(self._doubted_contents), set()
+            await trio.to_thread.run_sync(self.kernel.forget_contents, inos, abandon_on_cancel=True)
+
+    # -- unwritten data ----------------------------------------------------------------------------------------
+
+    async def flush(self, ino: int) -> None:
+        """Commits what is dirty of ``ino``, if anything."""
+        file = self.files.get(ino)
+        if file is not None and file.state.is_dirty:
+            await self.writer.flush(file.state)
+
+    def lost_last_name(self, ino: int) -> None:
+        """The inode has no name any more: nobody will ever want its dirty data unless it is open."""
+        file = self.files.get(ino)
+        if file is not None:
+            file.unlinked = True
+            self.discard_unwanted(file)
+
+    def discard_unwanted(self, file: OpenFile) -> None:
+        """Drops unwritten data if nobody can read the file any more."""
+        if file.unlinked and file.pins == 0 and file.state.is_dirty:
+            self.writer.discard(file.state)
+
+
+def entry_of(attributes: Attributes) -> Entry:
+    """An entry for attributes that came without a map, which is known all the same if there is no data."""
+    return Entry(attributes, FileMap((), (), attributes.size) if attributes.allocated == 0 else None)

@@ -1,0 +1,199 @@
+"""Contents: opening, reading, writing, truncating, and what must be on stable storage when."""
+
+import os
+
+import msgspec
+
+from dfsmount.filestate import FileState
+from dfsmount.handles import FileHandle, OpenFile
+from dfsmount.inodes import Inode
+from dfsmount.vfs_core import Core, Shown
+from dfsmount.vfs_names import Caller
+from metaserver.errors import DfsError, ErrorCode
+from metaserver.protocol import Entry, Make, SetAttributes
+
+# O_SYNC includes the bit of O_DSYNC.
+_DURABLE = os.O_DSYNC
+
+
+class Opened(msgspec.Struct, gc=False):
+    """How the kernel is to use a file it has opened; ``keep_cache``: its pages are still right."""
+
+    number: int
+    direct: bool
+    keep_cache: bool
+
+
+class Files:
+    """Operations on contents. Every method raises :class:`metaserver.errors.DfsError`."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    # -- open and close ----------------------------------------------------------------------------------------
+
+    async def open(self, ino: int, flags: int) -> Opened:
+        """open(2) of a file that exists; O_TRUNC included (libfuse asks the kernel to leave it to us).
+
+        The metaserver is asked every time: it fetches what other sessions have not written yet.
+        """
+        core = self._core
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        if writing and core.options.read_only:
+            raise DfsError(ErrorCode.READ_ONLY)
+        async with core.files.opening(ino):
+            known = core.files.get(ino)
+            level = writing or (known is not None and known.writing)
+            asked_at = core.inodes.now()
+            entry = await core.remote.open(ino, writing=level)
+            inode = core.learn(entry, asked_at)
+            file = self._register(inode, entry, level)
+        keep_cache = inode.kernel_version == entry.attributes.data_version
+        inode.kernel_version = entry.attributes.data_version
+        if inode.shown_size not in (-1, file.state.size):
+            # The kernel takes the offset of an append from the size it believes in.
+            core.kernel.forget_attributes(ino)
+        if writing and flags & os.O_TRUNC:
+            await self._truncate_opened(file)
+        return self._hand_out(file, flags, keep_cache)
+
+    async def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Opened, Shown]:
+        """open(2) with O_CREAT; counts as one reference of the kernel."""
+        core = self._core
+        asked_at = core.inodes.now()
+        request = Make(parent, name, mode, caller.uid, caller.gid, open=True, exclusive=bool(flags & os.O_EXCL))
+        made = await core.remote.make(request)
+        if not made.created:
+            return await self._open_existing(made.entry, flags)
+        core.inodes.doubt(parent)
+        inode = core.inodes.changed(made.entry.attributes, asked_at)
+        file = self._register(inode, made.entry, True)
+        core.files.note_made(file, parent, name)
+        inode.kernel_version = made.entry.attributes.data_version
+        inode.lookups += 1
+        return self._hand_out(file, flags, True), core.show(inode)
+
+    async def _open_existing(self, entry: Entry, flags: int) -> tuple[Opened, Shown]:
+        """Another session was faster to create it."""
+        opened = await self.open(entry.attributes.ino, flags)
+        inode = self._core.handles.file(opened.number).file.inode
+        inode.lookups += 1
+        return opened, self._core.show(inode)
+
+    def _register(self, inode: Inode, entry: Entry, writing: bool) -> OpenFile:
+        """The open file, pinned."""
+        file = self._core.files.add(inode, lambda: FileState(entry))
+        self._core.files.pin(file)
+        file.writing = file.writing or writing
+        file.stale = False
+        return file
+
+    def _hand_out(self, file: OpenFile, flags: int, keep_cache: bool) -> Opened:
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        handle = FileHandle(file, writing=writing, durable_writes=bool(flags & _DURABLE))
+        return Opened(self._core.handles.add_file(handle), bool(flags & os.O_DIRECT), keep_cache)
+
+    async def _truncate_opened(self, file: OpenFile) -> None:
+        try:
+            await self.set_attributes(SetAttributes(file.ino, size=0))
+        except BaseException:
+            self._core.files.unpin(file)
+            raise
+
+    async def flush(self, number: int) -> None:
+        """close(2) of one descriptor: starts writing and tells of what failed before; waits only if asked to."""
+        core = self._core
+        handle = core.handles.file(number)
+        state = handle.file.state
+        if state.is_dirty and not handle.file.unlinked:
+            if core.options.sync_close:
+                await core.writer.flush(state)
+            else:
+                core.writer.flush_soon(state)
+        handle.raise_new_error()
+
+    def release(self, number: int) -> None:
+        """The last descriptor of a handle is gone."""
+        core = self._core
+        handle = core.handles.remove_file(number)
+        if handle is not None:
+            core.files.unpin(handle.file)
+            core.discard_unwanted(handle.file)
+
+    # -- contents ----------------------------------------------------------------------------------------------
+
+    async def read(self, number: int, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes; fewer only at the end of the file."""
+        core = self._core
+        handle = core.handles.file(number)
+        file = handle.file
+        if file.stale:
+            await self._revalidate(file)
+        return await core.reader.read(file.state, handle.read_ahead, offset, length)
+
+    async def write(self, number: int, offset: int, data: bytes) -> int:
+        """Takes all of ``data``; on stable storage already only for O_SYNC and O_DSYNC."""
+        core = self._core
+        handle = core.handles.file(number)
+        state = handle.file.state
+        if state.error_count > handle.errors_seen:
+            handle.raise_new_error()
+        await core.writer.write(state, offset, data)
+        if handle.durable_writes:
+            await self.fsync(number)
+        return len(data)
+
+    async def fsync(self, number: int) -> None:
+        """Everything this mount has done or seen of the file is on stable storage, data and names."""
+        core = self._core
+        handle = core.handles.file(number)
+        if handle.file.state.is_dirty:
+            await core.writer.flush(handle.file.state)
+        handle.raise_new_error()
+        await core.remote.sync()
+
+    async def _revalidate(self, file: OpenFile) -> None:
+        """Another session changed the file since it was opened here."""
+        core = self._core
+        file.stale = False
+        asked_at = core.inodes.now()
+        try:
+            entry = await core.remote.get_attributes(file.ino)
+        except BaseException:
+            file.stale = True
+            raise
+        core.learn(entry, asked_at)
+
+    # -- attributes that concern contents ----------------------------------------------------------------------
+
+    async def set_attributes(self, changes: SetAttributes) -> Inode:
+        """chmod(2), chown(2), utimensat(2), truncate(2)."""
+        core = self._core
+        file = core.files.get(changes.ino)
+        if file is None:
+            return await self._ask_for(changes)
+        core.files.pin(file)
+        try:
+            if changes.size is not None:
+                return await self._truncate(file, changes.size, changes)
+            if changes.mtime_ns is not None:
+                # Commits of what was written before must not bring their own time afterwards.
+                file.state.leave_times()
+            return await self._ask_for(changes)
+        finally:
+            core.files.unpin(file)
+
+    async def _truncate(self, file: OpenFile, size: int, changes: SetAttributes) -> Inode:
+        await self._core.writer.truncate_local(file.state, size)
+        try:
+            return await self._ask_for(changes)
+        except BaseException:
+            # Ends the truncate in the file's state as one that did not happen.
+            file.state.refresh(Entry(file.state.attributes))
+            raise
+
+    async def _ask_for(self, changes: SetAttributes) -> Inode:
+        core = self._core
+        asked_at = core.inodes.now()
+        attributes = await core.remote.set_attributes(changes)
+        return core.changed(attributes, asked_at)

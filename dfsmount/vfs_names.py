@@ -1,0 +1,211 @@
+"""Names: lookup, listing, and everything that makes, moves and removes directory entries."""
+
+import stat
+from collections.abc import Iterator
+from itertools import chain
+
+import msgspec
+
+from dfsmount.handles import DirectoryHandle
+from dfsmount.inodes import Inode
+from dfsmount.vfs_core import Core, Shown
+from metaserver.errors import DfsError, ErrorCode
+from metaserver.protocol import PAGE_ENTRIES, DirectoryEntry, DirectoryPage, Make, RenameFlags
+
+# Places of `.` and `..` in a listing; the metaserver's cookies count up from 1 and never come near.
+COOKIE_DOT = (1 << 62) + 1
+COOKIE_DOT_DOT = (1 << 62) + 2
+_DIRECTORY_TYPE = stat.S_IFDIR >> 12
+
+
+class Caller(msgspec.Struct, gc=False):
+    """Whose process asks."""
+
+    uid: int
+    gid: int
+
+
+class Listed(msgspec.Struct, gc=False):
+    """One entry of a listing; the listing goes on after ``cookie``. ``inode`` is None for ``.`` and ``..``."""
+
+    name: bytes
+    cookie: int
+    shown: Shown
+    inode: Inode | None
+
+
+class Names:
+    """Operations on directory entries. ``root`` is the ino of the directory that is mounted."""
+
+    def __init__(self, core: Core, root: int) -> None:
+        self._core = core
+        self._root = root
+
+    async def lookup(self, parent: int, name: bytes) -> Shown:
+        """Counts as one reference of the kernel."""
+        core = self._core
+        asked_at = core.inodes.now()
+        entry = await core.remote.lookup(parent, name)
+        inode = core.learn(entry, asked_at, parent if stat.S_ISDIR(entry.attributes.mode) else 0)
+        if core.files.made.get((parent, name), inode.ino) != inode.ino:
+            del core.files.made[parent, name]
+        inode.lookups += 1
+        return core.show(inode)
+
+    async def make(self, parent: int, name: bytes, mode: int, caller: Caller, *, rdev: int = 0) -> Shown:
+        """mkdir(2) and mknod(2); counts as one reference."""
+        return await self._make(Make(parent, name, mode, caller.uid, caller.gid, rdev))
+
+    async def make_link(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Shown:
+        """symlink(2); counts as one reference."""
+        mode = stat.S_IFLNK | 0o777
+        return await self._make(Make(parent, name, mode, caller.uid, caller.gid, target=target))
+
+    async def _make(self, request: Make) -> Shown:
+        core = self._core
+        parent = request.parent
+        asked_at = core.inodes.now()
+        made = await core.remote.make(request)
+        core.inodes.doubt(parent)
+        attributes = made.entry.attributes
+        inode = core.inodes.changed(
+            attributes, asked_at, parent=parent if stat.S_ISDIR(attributes.mode) else 0, target=request.target
+        )
+        inode.lookups += 1
+        return core.show(inode)
+
+    async def unlink(self, parent: int, name: bytes, *, directory: bool) -> None:
+        core = self._core
+        gone = await core.remote.unlink(parent, name, directory=directory)
+        core.files.made.pop((parent, name), None)
+        core.inodes.doubt(parent)
+        core.inodes.doubt(gone.ino)
+        if gone.nlink == 0:
+            core.lost_last_name(gone.ino)
+
+    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
+        """What is moved has its data committed first: after a crash a name never leads to contents from before."""
+        core = self._core
+        await self._flush_name(parent, name)
+        if flags & RenameFlags.EXCHANGE:
+            await self._flush_name(new_parent, new_name)
+        moved = await core.remote.rename(parent, name, new_parent, new_name, flags)
+        for ino in (parent, new_parent, moved.ino, moved.replaced):
+            core.inodes.doubt(ino)
+        inode = core.inodes.get(moved.ino)
+        if inode is not None and inode.parent:
+            inode.parent = new_parent
+        core.files.made.pop((parent, name), None)
+        core.files.made.pop((new_parent, new_name), None)
+        if moved.replaced and moved.replaced_nlink == 0:
+            core.lost_last_name(moved.replaced)
+
+    async def link(self, ino: int, new_parent: int, new_name: bytes) -> Shown:
+        """Counts as one reference."""
+        core = self._core
+        await core.flush(ino)
+        asked_at = core.inodes.now()
+        attributes = await core.remote.link(ino, new_parent, new_name)
+        core.inodes.doubt(new_parent)
+        inode = core.changed(attributes, asked_at)
+        inode.lookups += 1
+        return core.show(inode)
+
+    async def read_link(self, ino: int) -> bytes:
+        """A target never changes, so the one that came with the lookup will do."""
+        core = self._core
+        inode = core.inodes.get(ino)
+        if inode is not None and inode.target:
+            return inode.target
+        asked_at = core.inodes.now()
+        entry = await core.remote.get_attributes(ino)
+        core.learn(entry, asked_at)
+        if not stat.S_ISLNK(entry.attributes.mode):
+            raise DfsError(ErrorCode.INVALID)
+        return entry.target
+
+    # -- listing -----------------------------------------------------------------------------------------------
+
+    def open_directory(self, ino: int) -> int:
+        """The number of a handle; needs no registration, a removed directory simply lists nothing."""
+        return self._core.handles.add_directory(DirectoryHandle(ino))
+
+    def release_directory(self, number: int) -> None:
+        self._core.handles.remove_directory(number)
+
+    async def list_directory(self, number: int, start: int) -> Iterator[Listed]:
+        """Some entries after the cookie ``start`` (0: from the beginning); none at the end.
+
+        Give those that the kernel takes to :meth:`took`, before any await.
+        """
+        handle = self._core.handles.directory(number)
+        if start == 0:
+            handle.fill(0, DirectoryPage((), False), 0.0)
+            dots = [_dot(handle.ino, b".", COOKIE_DOT), await self._dot_dot(handle.ino)]
+            return chain(dots, await self._entries(handle, 0))
+        if start == COOKIE_DOT:
+            return chain([await self._dot_dot(handle.ino)], await self._entries(handle, 0))
+        return await self._entries(handle, 0 if start == COOKIE_DOT_DOT else start)
+
+    def took(self, listed: Listed) -> None:
+        """The kernel took an entry: from now on it may name its inode, unless it is ``.`` or ``..``."""
+        if listed.inode is not None:
+            self._core.inodes.adopt(listed.inode)
+
+    async def _entries(self, handle: DirectoryHandle, cookie: int) -> Iterator[Listed]:
+        while (rest := handle.rest(cookie)) is None or (not handle.entries and not handle.end):
+            cookie = cookie if rest is None else handle.last
+            await self._fetch(handle, cookie)
+        return self._listed(handle, rest)
+
+    async def _fetch(self, handle: DirectoryHandle, cookie: int) -> None:
+        asked_at = self._core.inodes.now()
+        try:
+            page = await self._core.remote.read_directory(handle.ino, cookie, PAGE_ENTRIES)
+        except DfsError as error:
+            if error.code is not ErrorCode.STALE_INODE:
+                raise
+            # A removed directory that is still open has no entries.
+            page = DirectoryPage((), True)
+        handle.fill(cookie, page, asked_at)
+
+    def _listed(self, handle: DirectoryHandle, entries: Iterator[DirectoryEntry]) -> Iterator[Listed]:
+        core = self._core
+        for entry in entries:
+            assert entry.attributes is not None
+            inode = core.inodes.peek(entry.attributes, handle.asked_at)
+            if entry.type == _DIRECTORY_TYPE:
+                inode.parent = handle.ino
+            yield Listed(entry.name, entry.cookie, core.show(inode), inode)
+
+    async def _dot_dot(self, ino: int) -> Listed:
+        return _dot(await self._parent(ino), b"..", COOKIE_DOT_DOT)
+
+    async def _parent(self, ino: int) -> int:
+        """The directory above, as far as it is mounted."""
+        if ino == self._root:
+            return ino
+        inode = self._core.inodes.get(ino)
+        if inode is not None and inode.parent:
+            return inode.parent
+        asked_at = self._core.inodes.now()
+        entry = await self._core.remote.lookup(ino, b"..")
+        self._core.inodes.peek(entry.attributes, asked_at)
+        return entry.attributes.ino
+
+    async def _flush_name(self, parent: int, name: bytes) -> None:
+        """Commits the data of whatever file has this name, if it is dirty here."""
+        core = self._core
+        if core.writer.dirty_bytes == 0:
+            return
+        ino = core.files.made.get((parent, name))
+        if ino is None:
+            entry = await core.remote.lookup(parent, name)
+            ino = entry.attributes.ino
+        await core.flush(ino)
+
+
+def _dot(ino: int, name: bytes, cookie: int) -> Listed:
+    """The kernel takes only number and type of these two."""
+    shown = Shown(ino, 0, stat.S_IFDIR, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
+    return Listed(name, cookie, shown, None)
