@@ -1,5 +1,7 @@
 """In-process chunkservers on loopback, and a writer that cuts data into blocks as a mount does."""
 
+import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ from crc32c import crc32c
 
 from chunkserver import chunkfile, identity
 from chunkserver.client import Pool
-from chunkserver.disk import Disk, LocalDisk
+from chunkserver.disk import Disk, File, LocalDisk, Space
 from chunkserver.node import Node
 from chunkserver.protocol import Append, AppendReply, Peer
 from metaserver import transport
@@ -100,3 +102,86 @@ async def serving(
                 nursery.cancel_scope.cancel()
     finally:
         disk.unlock()
+
+
+class FaultyFile:
+    """A file of :class:`FaultyDisk`."""
+
+    def __init__(self, file: File, disk: "FaultyDisk") -> None:
+        self._file = file
+        self._disk = disk
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, buffers: Any, offset: int) -> None:
+        self._disk.meet("write")
+        self._file.write(buffers, offset)
+
+    def sync(self) -> None:
+        self._disk.meet("sync")
+        self._file.sync()
+
+    def truncate(self, length: int) -> None:
+        self._disk.meet("truncate")
+        self._file.truncate(length)
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        self._disk.meet("read")
+        return self._file.read_into(view, offset)
+
+    def read_cached(self, view: memoryview, offset: int) -> int:
+        return 0 if self._disk.cold else self._file.read_cached(view, offset)
+
+
+class FaultyDisk:
+    """A real disk whose calls fail on demand: ``faults["sync"] = [EIO]`` fails the next sync; None lets one pass.
+
+    ``calls`` counts them; ``before`` is called before each, for tests that block one; ``steps`` is what was announced.
+    """
+
+    def __init__(self, disk: LocalDisk) -> None:
+        self._disk = disk
+        self.faults: dict[str, list[int | None]] = {}
+        self.calls: Counter[str] = Counter()
+        self.before: Callable[[str], None] = lambda call: None
+        self.free: int | None = None
+        self.cold = False
+        self.steps: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._disk, name)
+
+    def meet(self, call: str) -> None:
+        self.before(call)
+        self.calls[call] += 1
+        queue = self.faults.get(call, [])
+        fault = queue.pop(0) if queue else None
+        if fault is not None:
+            raise OSError(fault, os.strerror(fault))
+
+    def step(self, name: str) -> None:
+        self.steps.append(name)
+
+    def create(self, path: str) -> FaultyFile:
+        self.meet("create")
+        return FaultyFile(self._disk.create(path), self)
+
+    def open(self, path: str) -> FaultyFile:
+        return FaultyFile(self._disk.open(path), self)
+
+    def rename(self, old: str, new: str) -> None:
+        self.meet("rename")
+        self._disk.rename(old, new)
+
+    def unlink(self, path: str) -> None:
+        self.meet("unlink")
+        self._disk.unlink(path)
+
+    def sync_directory(self, path: str) -> None:
+        self.meet("sync_directory")
+        self._disk.sync_directory(path)
+
+    def space(self) -> Space:
+        space = self._disk.space()
+        return space if self.free is None else Space(space.capacity, self.free)
