@@ -21,28 +21,35 @@ SYMLINKS   ino u64                        target, 1 to 4,095 bytes; the inode's 
 XATTRS     ino u64, name                  value, 0 to 64 KiB.
 EXTENTS    ino u64, file offset u64       :class:`ExtentRow`: length u64, chunk u64, chunk offset u32. No two of one
                                           inode overlap; none passes its size; neighbours that continue each other in
-                                          file and chunk are one row; the chunk exists, is not DEAD, and the range lies
-                                          within its length.
+                                          file and chunk are one row; the chunk exists, is not DEAD, and the range
+                                          lies within its length.
 BY_CHUNK   chunk u64, chunk offset u32,   length u64: exactly one row per EXTENTS row.
            ino u64, file offset u64
 CHUNKS     chunk u64                      :class:`Chunk`. length, entries and chain are what is committed (OPEN) or
                                           final (SEALED). live is the sum of its BY_CHUNK lengths. owner is the
                                           session that writes it (OPEN), else 0. A SEALED chunk with live 0 becomes
-                                          DEAD in the same transaction; a DEAD one disappears with its last REPLICAS row.
-REPLICAS   chunk u64, server u32          :class:`Replica`: state (``protocol.ReplicaState``), fragment 0, length, entries
-                                          and chain as last reported or committed.
+                                          DEAD in the same transaction; a DEAD one disappears with its last REPLICAS
+                                          row.
+REPLICAS   chunk u64, server u32          :class:`Replica`: state (``protocol.ReplicaState``), fragment 0, length,
+                                          entries and chain as last reported or committed.
 BY_SERVER  server u32, chunk u64          empty: one row per REPLICAS row.
 SERVERS    server u32                     :class:`Server`, msgpack.
 SESSIONS   session u64                    :class:`Session`, msgpack.
-ANSWERS    session u64, operation u64     :class:`StoredAnswer`, msgpack: the answer to a change until it is acknowledged;
-                                          operation > the session's ``acknowledged``; the session exists.
+ANSWERS    session u64, operation u64     :class:`StoredAnswer`, msgpack: the answer to a change until it is
+                                          acknowledged; operation > the session's ``acknowledged``; the session exists.
 ORPHANS    ino u64, session u64           empty: this session has it open although it has no name left.
 TASKS      task u64                       :class:`Task`, msgpack: work that continues in steps.
-COUNTERS   name                           u64: ``ID_LIMITS`` ends of the durable id ranges, ``epoch``, ``number``.
-TOTALS     table u8                       row count u64, XOR of row checksums u32: written only by a checkpoint.
+COUNTERS   name                           u64 unless said otherwise. ``limit/KIND``: end of the durable id range (every
+                                          id in use is below it). ``epoch``, ``number``, ``time_ns``: the newest change
+                                          this store contains. ``boot``: :class:`Boot`, how that epoch began and
+                                          ended. ``survived/`` epoch u64: the last number of an older epoch.
+                                          Written by the storage engine alone.
+TOTALS     table u8                       row count u64, XOR of row checksums u32: written only by a checkpoint. One
+                                          row per table but TOTALS.
 ========== ============================== =====================================================================
 
-Inode 0, chunk 0, session 0 and server 0 mean "none". The top 16 bits of inode and chunk ids are a metadata shard, 0 now.
+Inode 0, chunk 0, session 0 and server 0 mean "none". The top 16 bits of inode and chunk ids are a metadata shard, 0
+now.
 """
 
 import struct
@@ -110,6 +117,14 @@ class IdKind(IntEnum):
     SESSION = 3
     TASK = 4
 
+
+# Names of the COUNTERS rows.
+ID_LIMITS = {kind: b"limit/" + kind.name.lower().encode() for kind in IdKind}
+EPOCH = b"epoch"
+NUMBER = b"number"
+TIME = b"time_ns"
+BOOT = b"boot"
+SURVIVED = b"survived/"
 
 # -- keys ----------------------------------------------------------------------------------------------------------
 
@@ -193,6 +208,14 @@ def answer_key(session: int, operation: int) -> bytes:
 
 def orphan_key(ino: int, session: int) -> bytes:
     return _U64_U64.pack(ino, session)
+
+
+def survived_key(epoch: int) -> bytes:
+    return SURVIVED + _U64.pack(epoch)
+
+
+def totals_key(table: int) -> bytes:
+    return bytes([table])
 
 
 def after(prefix: bytes) -> bytes:
@@ -319,7 +342,7 @@ class ExtentRow(PackedRow):
 
 
 class Chunk(PackedRow):
-    """See CHUNKS. ``kind`` 0: data. ``layout`` 0: whole copies. ``copies`` is what is wanted. ``created_ns`` for age."""
+    """See CHUNKS. ``kind`` 0: data. ``layout`` 0: whole copies. ``copies``: how many are wanted."""
 
     state: int
     kind: int
@@ -352,6 +375,28 @@ class Replica(PackedRow):
     @property
     def good(self) -> bool:
         return self.state == ReplicaState.GOOD
+
+
+class Total(PackedRow):
+    """See TOTALS."""
+
+    count: int
+    checksums: int
+
+    LAYOUT: ClassVar[struct.Struct] = struct.Struct("<QI")
+
+
+class Boot(PackedRow):
+    """See COUNTERS. ``boot_id`` of the machine's life in which the epoch ran: in another one the page cache, and with
+    it the log's tail, may be gone. ``clean``: the epoch was ended on purpose with everything synced. ``lost``: a tail
+    may have been lost, and the reconnect window in which it is sent again has not been closed since.
+    """
+
+    boot_id: bytes
+    clean: bool
+    lost: bool
+
+    LAYOUT: ClassVar[struct.Struct] = struct.Struct("<16s??")
 
 
 class PackedMessage(msgspec.Struct, array_like=True):

@@ -1,0 +1,359 @@
+"""Rows on stable storage, in LMDB: the only module that imports lmdb.
+
+One tree without named databases. A row's key is one byte of table number and the key of ``schema.py``: named
+databases would add root pointers that no row checksum covers, and a checkpoint could not write its rows in one sorted
+pass. A row's value ends with the CRC-32C (little-endian) of row key and value. The TOTALS row of a table has the number
+of its rows and the XOR of their checksums, so that a row that is silently absent is noticed.
+
+LMDB itself detects no damage. Whatever a read finds wrong is :class:`CorruptStore`, after which every read raises it.
+
+The file is kept as long as the map (sparse), so that a file shorter than its meta page says is damage, never an
+unwritten last page: LMDB would meet it with SIGBUS.
+
+Threads: :meth:`Store.write`, :meth:`Store.copy` and work on a :class:`View` may run in a worker thread; everything else
+belongs to the thread of the event loop.
+"""
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import lmdb
+from crc32c import crc32c
+
+from metaserver.overlay import Rows
+from metaserver.schema import Table, Total
+
+PAGE_BYTES = 4096
+# Address space and a sparse file, not memory or disk; doubled whenever it is full.
+MAP_BYTES = 1 << 30
+# The store's own reads, a background walk, a check, a snapshot copy, and one to spare.
+MAX_READERS = 8
+CHECKSUM_BYTES = 4
+# crc32c of any bytes followed by their own little-endian crc32c.
+_RESIDUE = 0x48674BC7
+_CRC = struct.Struct("<I")
+_META = struct.Struct("<16xIIQQI92xQQ")
+_META_MAGIC = 0xBEEFC0DE
+_META_VERSION = 1
+TABLES = tuple(table for table in Table if table is not Table.TOTALS)
+PREFIX = tuple(bytes([number]) for number in range(max(Table) + 2))
+
+
+class CorruptStore(Exception):
+    """The file is damaged: nothing more is served from it. The text ends with what to do."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"{text}; stop the metaserver and run: metaserver recover")
+
+
+class MapFull(Exception):
+    """The transaction was aborted because the map is full: :meth:`Store.grow`, then write again."""
+
+
+class StoreFull(Exception):
+    """The transaction was aborted because the disk is full: nothing changed; write again later."""
+
+
+class ViewExpired(Exception):
+    """The map was moved: what this view showed can be seen again in a new one."""
+
+
+def row_key(table: Table, key: bytes) -> bytes:
+    return PREFIX[table] + key
+
+
+def row_checksum(key: bytes, value: bytes) -> int:
+    """The CRC-32C of a row, ``key`` being its row key and ``value`` without checksum."""
+    return crc32c(value, crc32c(key))
+
+
+def seal_row(key: bytes, value: bytes) -> bytes:
+    """The value as it is stored."""
+    return value + _CRC.pack(crc32c(value, crc32c(key)))
+
+
+def check_file(path: Path) -> int:
+    """Raises :class:`CorruptStore` unless the file is as long as its newer meta page says; returns the map size it
+    was last written with, in bytes."""
+    with path.open("rb") as file:
+        head = file.read(2 * PAGE_BYTES)
+        size = os.fstat(file.fileno()).st_size
+    if len(head) < 2 * PAGE_BYTES:
+        raise CorruptStore(f"{path} is cut off at {size} bytes")
+    newest = (-1, 0, 0)
+    for page in (0, 1):
+        magic, version, _, map_bytes, page_bytes, last_page, number = _META.unpack_from(head, page * PAGE_BYTES)
+        if magic == _META_MAGIC and version == _META_VERSION and page_bytes == PAGE_BYTES:
+            newest = max(newest, (number, last_page, map_bytes))
+    number, last_page, map_bytes = newest
+    if number < 0:
+        raise CorruptStore(f"{path} has no valid meta page")
+    needed = (last_page + 1) * PAGE_BYTES
+    if size < needed:
+        raise CorruptStore(f"{path} is cut off at {size} of {needed} bytes")
+    if not needed <= map_bytes <= 1 << 46:
+        raise CorruptStore(f"{path} has a damaged meta page")
+    return int(map_bytes)
+
+
+def create_store(path: Path) -> None:
+    """Makes an empty store durably: it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.unlink(missing_ok=True)
+    _lock_file(temporary).unlink(missing_ok=True)
+    environment = lmdb.open(str(temporary), subdir=False, map_size=1 << 20, mode=0o600, max_readers=1)
+    try:
+        with environment.begin(write=True) as transaction:
+            for table in TABLES:
+                key = PREFIX[Table.TOTALS] + PREFIX[table]
+                transaction.put(key, seal_row(key, Total(0, 0).pack()))
+    finally:
+        environment.close()
+    _lock_file(temporary).unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.rename(temporary, path)
+
+
+def _lock_file(path: Path) -> Path:
+    return path.with_name(path.name + "-lock")
+
+
+class Reader:
+    """Verified reads of one LMDB snapshot. Keys are row keys; values come without checksum."""
+
+    def __init__(self, transaction: "lmdb.Transaction[bytes]", damage: list[CorruptStore]) -> None:
+        self._transaction = transaction
+        # Shared by all readers of one file: what one has found stops the others.
+        self._damage = damage
+
+    def get(self, key: bytes) -> bytes | None:
+        try:
+            data = self._transaction.get(key)
+        except lmdb.Error as error:
+            raise self._unreadable(error) from error
+        if data is None:
+            if self._damage:
+                raise self._damage[0]
+            return None
+        return self._verified(key, data)
+
+    def scan(self, start: bytes, stop: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Rows with start <= key < stop in key order; may be left early, and changes of the store do not show."""
+        try:
+            with self._transaction.cursor() as cursor:
+                if not cursor.set_range(start):
+                    return
+                for key, data in cursor.iternext():
+                    if key >= stop:
+                        return
+                    yield key, self._verified(key, data)
+        except lmdb.Error as error:
+            raise self._unreadable(error) from error
+
+    def scan_back(self, start: bytes, stop: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """The same from the end."""
+        try:
+            with self._transaction.cursor() as cursor:
+                if not (cursor.prev() if cursor.set_range(stop) else cursor.last()):
+                    return
+                for key, data in cursor.iterprev():
+                    if key < start:
+                        return
+                    yield key, self._verified(key, data)
+        except lmdb.Error as error:
+            raise self._unreadable(error) from error
+
+    def entries(self) -> int:
+        """How many rows the tree itself says it has, TOTALS included."""
+        count: int = self._transaction.stat()["entries"]
+        return count
+
+    def damaged(self, text: str) -> CorruptStore:
+        """Notes damage, so that no more is read, and returns what to raise."""
+        if not self._damage:
+            self._damage.append(CorruptStore(text))
+        return self._damage[0]
+
+    def _verified(self, key: bytes, data: bytes) -> bytes:
+        if self._damage or crc32c(data, crc32c(key)) != _RESIDUE:
+            raise self.damaged(f"the row {key.hex()} has a wrong checksum")
+        return data[:-CHECKSUM_BYTES]
+
+    def _unreadable(self, error: Exception) -> Exception:
+        return self.damaged(f"the store cannot be read ({error})")
+
+
+class View(Reader):
+    """A consistent state of the store that stays while newer checkpoints are written. Close it soon: its pages are not
+    reused meanwhile. Raises :class:`ViewExpired` once the map has been moved."""
+
+    def __init__(self, store: "Store") -> None:
+        super().__init__(store.environment.begin(), store.damage)
+        self._store = store
+        self._expired = False
+        store.views.add(self)
+
+    def __enter__(self) -> "View":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._store.views.discard(self)
+        self._transaction.abort()
+
+    def expire(self) -> None:
+        self._expired = True
+        self.close()
+
+    def _unreadable(self, error: Exception) -> Exception:
+        return ViewExpired() if self._expired else super()._unreadable(error)
+
+
+class Store(Reader):
+    """An open store: reads of the newest checkpoint, and the writing of the next one."""
+
+    def __init__(self, path: Path, environment: "lmdb.Environment") -> None:
+        self.path = path
+        self.environment = environment
+        self.damage: list[CorruptStore] = []
+        self.views: set[View] = set()
+        super().__init__(environment.begin(), self.damage)
+
+    @classmethod
+    def open(cls, path: Path, map_bytes: int = MAP_BYTES) -> "Store":
+        """Opens an existing store; raises :class:`CorruptStore` or ``OSError``. One process at a time: the caller holds
+        the lock of the data directory."""
+        map_bytes = max(check_file(path), map_bytes)
+        os.truncate(path, max(map_bytes, path.stat().st_size))
+        try:
+            environment = lmdb.open(
+                str(path),
+                subdir=False,
+                map_size=map_bytes,
+                max_readers=MAX_READERS,
+                max_spare_txns=1,
+                mode=0o600,
+                readahead=False,
+            )
+        except lmdb.Error as error:
+            raise CorruptStore(f"{path} cannot be opened ({error})") from error
+        store = cls(path, environment)
+        try:
+            store.check_entries()
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def check_entries(self) -> None:
+        """Compares the row counts of TOTALS with that of the tree; raises :class:`CorruptStore`."""
+        totals = read_totals(self)
+        if sum(total.count for total in totals.values()) + len(totals) != self.entries():
+            raise self.damaged(f"{self.path} does not have as many rows as it should")
+
+    def renew(self) -> None:
+        """Goes on to the newest checkpoint. No scan may be under way."""
+        # py-lmdb keeps the reader slot of the aborted transaction for the next one.
+        self._transaction.abort()
+        self._transaction = self.environment.begin()
+
+    def view(self) -> View:
+        """The newest checkpoint, to be read slowly or in a worker thread."""
+        return View(self)
+
+    def write(self, rows: Rows) -> None:
+        """Writes rows and tombstones and the new TOTALS in one transaction, synced when this returns.
+
+        Runs in one worker thread from begin to commit. Nothing has changed if it raises: :class:`MapFull`,
+        :class:`StoreFull`, :class:`CorruptStore`, or ``lmdb.Error`` when the disk fails.
+        """
+        try:
+            with self.environment.begin(write=True) as transaction:
+                self._write_rows(transaction, rows)
+        except lmdb.MapFullError as error:
+            raise MapFull from error
+        except lmdb.DiskError as error:
+            raise StoreFull from error
+
+    def _write_rows(self, transaction: "lmdb.Transaction[bytes]", rows: Rows) -> None:
+        counts = [0] * len(PREFIX)
+        checksums = [0] * len(PREFIX)
+        replace, pop, pack = transaction.replace, transaction.pop, _CRC.pack
+        for key, value in rows.items():
+            table = key[0]
+            if value is None:
+                old = pop(key)
+            else:
+                checksum = crc32c(value, crc32c(key))
+                checksums[table] ^= checksum
+                counts[table] += 1
+                old = replace(key, value + pack(checksum))
+            if old is not None:
+                checksums[table] ^= int.from_bytes(old[-CHECKSUM_BYTES:], "little")
+                counts[table] -= 1
+        for table in TABLES:
+            if counts[table] or checksums[table]:
+                self._add_total(transaction, table, counts[table], checksums[table])
+
+    def _add_total(self, transaction: "lmdb.Transaction[bytes]", table: Table, count: int, checksums: int) -> None:
+        key = PREFIX[Table.TOTALS] + PREFIX[table]
+        data = transaction.get(key)
+        if data is None or crc32c(data, crc32c(key)) != _RESIDUE:
+            raise self.damaged(f"the totals of {table.name} are damaged")
+        total = Total.unpack(data[:-CHECKSUM_BYTES])
+        total.count += count
+        total.checksums ^= checksums
+        if total.count < 0:
+            raise self.damaged(f"{table.name} has lost rows")
+        transaction.put(key, seal_row(key, total.pack()))
+
+    def grow(self) -> None:
+        """Doubles the map. Views expire; no write, copy or scan may be under way."""
+        for view in tuple(self.views):
+            view.expire()
+        self._transaction.abort()
+        map_bytes = 2 * self.environment.info()["map_size"]
+        os.truncate(self.path, map_bytes)
+        self.environment.set_mapsize(map_bytes)
+        self._transaction = self.environment.begin()
+
+    def copy(self, path: Path) -> None:
+        """Writes a compacted copy of the newest checkpoint, not synced; raises :class:`StoreFull` or ``lmdb.Error``.
+
+        Runs in a worker thread; no :meth:`grow` meanwhile.
+        """
+        try:
+            self.environment.copy(str(path), compact=True)
+        except lmdb.DiskError as error:
+            raise StoreFull from error
+
+    def sizes(self) -> dict[str, int]:
+        """For metrics: bytes of the map, bytes in use at its highest page, rows."""
+        info = self.environment.info()
+        used = (info["last_pgno"] + 1) * PAGE_BYTES
+        return {"map_bytes": info["map_size"], "used_bytes": used, "rows": self.entries()}
+
+    def close(self) -> None:
+        for view in tuple(self.views):
+            view.close()
+        self._transaction.abort()
+        self.environment.close()
+
+
+def read_totals(reader: Reader) -> dict[Table, Total]:
+    """TOTALS of a store; raises :class:`CorruptStore` if a table has none."""
+    totals: dict[Table, Total] = {}
+    for table in TABLES:
+        value = reader.get(PREFIX[Table.TOTALS] + PREFIX[table])
+        if value is None:
+            raise reader.damaged(f"{table.name} has no totals")
+        totals[table] = Total.unpack(value)
+    return totals
