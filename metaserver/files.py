@@ -1,0 +1,106 @@
+"""Every file call of the changelog, each step with a name: crash tests stop at a name, simulations replace the class.
+
+Names announced: ``changelog:before-write``, ``changelog:after-write``, ``changelog:before-sync``,
+``changelog:after-sync``, ``segment:before-create``, ``segment:before-sync``, ``segment:before-rename``,
+``segment:before-directory-sync``, ``segment:before-delete``, and by the modules that work with the store
+``start:before-epoch``, ``checkpoint:before-write``, ``checkpoint:before-commit``, ``checkpoint:after-commit``,
+``snapshot:before-copy``, ``snapshot:before-sync``, ``snapshot:before-rename``, ``snapshot:after-rename``.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# What the disk says when it is full, or the user's share of it.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_ZEROES = bytes(1 << 20)
+
+
+def no_step(_: str) -> None:
+    """Nobody listens."""
+
+
+class Files:
+    """The real file system. Every method raises ``OSError``; a write that returns has written everything."""
+
+    def __init__(self, step: Callable[[str], None] = no_step) -> None:
+        self.step = step
+
+    def append(self, descriptor: int, data: bytes, offset: int) -> None:
+        """Puts a record into the page cache: it outlives this process, not the machine."""
+        self.step("changelog:before-write")
+        self._write(descriptor, data, offset)
+        self.step("changelog:after-write")
+
+    def sync(self, descriptor: int) -> None:
+        """Puts what was appended on stable storage."""
+        self.step("changelog:before-sync")
+        self._fdatasync(descriptor)
+        self.step("changelog:after-sync")
+
+    def create(self, path: Path, head: bytes, size: int) -> int:
+        """Makes a file of ``size`` bytes that starts with ``head`` and goes on with zeroes: there whole and durably,
+        or not at all. Its blocks are allocated and written, so that appends change no metadata. Returns a descriptor.
+        """
+        self.step("segment:before-create")
+        temporary = path.with_name(path.name + ".new")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            self._write(descriptor, head, 0)
+            for offset in range(len(head), size, len(_ZEROES)):
+                self._write(descriptor, _ZEROES[: size - offset], offset)
+            self.step("segment:before-sync")
+            os.fsync(descriptor)
+            self.step("segment:before-rename")
+            os.rename(temporary, path)
+            self.step("segment:before-directory-sync")
+            self.sync_directory(path.parent)
+        except BaseException:
+            os.close(descriptor)
+            temporary.unlink(missing_ok=True)
+            raise
+        return descriptor
+
+    def delete(self, path: Path) -> None:
+        self.step("segment:before-delete")
+        path.unlink(missing_ok=True)
+
+    def truncate(self, path: Path, size: int) -> None:
+        os.truncate(path, size)
+
+    def close(self, descriptor: int) -> None:
+        os.close(descriptor)
+
+    def sync_directory(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _write(self, descriptor: int, data: bytes, offset: int) -> None:
+        written = os.pwrite(descriptor, data, offset)
+        while written < len(data):
+            count = os.pwrite(descriptor, memoryview(data)[written:], offset + written)
+            if count == 0:
+                raise OSError(errno.EIO, "a write wrote nothing")
+            written += count
+
+    def _fdatasync(self, descriptor: int) -> None:
+        os.fdatasync(descriptor)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether this means that there is no space, rather than that the disk has failed."""
+    return error.errno in FULL
+
+
+def sync_file(path: Path) -> None:
+    """Puts a whole file on stable storage."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
