@@ -174,7 +174,7 @@ async def _serve(plan: MountPlan, key: ClusterKey | None, ready: Callable[[], No
         ):
             options = plan.options
             writer = Writer(meta, pool, _writer_options(options))
-            reader = Reader(meta, pool, _block_cache(options), ReaderOptions())
+            reader = Reader(meta, pool, _block_cache(options), ReaderOptions(give_up_seconds=options.timeout * 2 / 3))
             mounted.append(Mounted(plan, meta, writer, reader))
             return await mounted[0].run(ready)
     except DfsError as error:
@@ -195,8 +195,8 @@ def _block_cache(options: Options) -> BlockCache:
 
 
 def _writer_options(options: Options) -> WriterOptions:
-    host = socket.gethostname()
-    return WriterOptions(host) if options.dirty_mib is None else WriterOptions(host, options.dirty_mib << 20)
+    bound = WriterOptions.max_dirty_bytes if options.dirty_mib is None else options.dirty_mib << 20
+    return WriterOptions(socket.gethostname(), bound, give_up_seconds=options.timeout)
 
 
 class PyfuseKernel:
@@ -226,6 +226,7 @@ class Mounted:
         options = plan.options
         self.plan = plan
         self.writer = writer
+        self.reader = reader
         core = Core(
             Remote(meta, options.timeout),
             writer,
@@ -246,6 +247,7 @@ class Mounted:
             _init_fuse(Operations(self.vfs, self._waiting), self.plan)
             try:
                 nursery.start_soon(self.writer.run)
+                nursery.start_soon(self.reader.run)
                 nursery.start_soon(self.vfs.run)
                 nursery.start_soon(self._waiting.watch)
                 nursery.start_soon(self._await_signals)
