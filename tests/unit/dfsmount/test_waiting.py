@@ -10,7 +10,7 @@ from metaserver.errors import DfsError, ErrorCode
 
 
 @pytest.fixture
-def waiting(autojump_clock: trio.testing.MockClock) -> Waiting:
+def waiting() -> Waiting:
     structlog.reset_defaults()
     return Waiting(30, long_wait_seconds=5, limit=3)
 
@@ -29,7 +29,7 @@ async def sleep_here(seconds: float) -> None:
     await trio.sleep(seconds)
 
 
-async def test_what_waits_too_long_is_given_up(waiting: Waiting, nursery: trio.Nursery) -> None:
+async def test_what_waits_too_long_is_given_up(waiting: Waiting, nursery: trio.Nursery, autojump_clock: object) -> None:
     ended: list[str] = []
     nursery.start_soon(waiting.watch)
     nursery.start_soon(stuck, waiting, ended)
@@ -41,7 +41,7 @@ async def test_what_waits_too_long_is_given_up(waiting: Waiting, nursery: trio.N
     assert len(waiting) == 0
 
 
-async def test_a_long_wait_is_logged_once_with_its_place(waiting: Waiting, nursery: trio.Nursery) -> None:
+async def test_a_long_wait_is_logged_once_with_its_place(waiting: Waiting, nursery: trio.Nursery, autojump_clock: object) -> None:
     with capture_logs() as logs:
         nursery.start_soon(waiting.watch)
         nursery.start_soon(stuck, waiting, [], 12)
