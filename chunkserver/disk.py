@@ -263,8 +263,9 @@ class LocalDisk:
 
 
 def prepare_directory(path: str) -> None:
-    """Makes the data directory itself, for its owner only."""
-    os.makedirs(path, 0o700, exist_ok=True)
+    """Makes the data directory itself if there is none, for its owner only."""
+    if not os.path.exists(path):
+        os.makedirs(path, 0o700)
 
 
 def raise_descriptor_limit() -> None:

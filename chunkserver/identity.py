@@ -64,18 +64,27 @@ def open_directory(path: str, name: str) -> tuple[LocalDisk, Identity]:
         disk = LocalDisk(os.path.realpath(path))
         if not disk.lock():
             raise DataDirectoryError(f"the data directory {path} is in use by another process: stop that one first")
-        identity = load(disk) or _new_identity(disk, name)
-        if name and identity.name and name != identity.name:
-            text = f"the data directory {path} belongs to the server {identity.name!r}, not {name!r}: check the path"
-            raise DataDirectoryError(text)
-        identity.name = identity.name or name or f"server-{identity.server:08x}"
-        for directory in chunk_directories():
-            disk.make_directory(directory)
-        disk.sync_directory("chunks")
-        save(disk, identity)
+        try:
+            return disk, _take(disk, path, name)
+        except BaseException:
+            disk.unlock()
+            raise
     except OSError as error:
         raise DataDirectoryError(f"cannot use the data directory {path}: {_reason(error)}") from None
-    return disk, identity
+
+
+def _take(disk: LocalDisk, path: str, name: str) -> Identity:
+    """The identity, written anew in any case: a directory that cannot be written to is no use."""
+    identity = load(disk) or _new_identity(disk, name)
+    if name and identity.name and name != identity.name:
+        text = f"the data directory {path} belongs to the server {identity.name!r}, not {name!r}: check the path"
+        raise DataDirectoryError(text)
+    identity.name = identity.name or name or f"server-{identity.server:08x}"
+    for directory in chunk_directories():
+        disk.make_directory(directory)
+    disk.sync_directory("chunks")
+    save(disk, identity)
+    return identity
 
 
 def _new_identity(disk: Disk, name: str) -> Identity:

@@ -17,8 +17,8 @@ import trio
 from chunkserver import http
 from chunkserver.client import ControlClient
 from chunkserver.config import Config, split_address
-from chunkserver.disk import raise_descriptor_limit
-from chunkserver.identity import open_directory
+from chunkserver.disk import Disk, raise_descriptor_limit
+from chunkserver.identity import Identity, open_directory
 from chunkserver.node import Node
 from chunkserver.report import Reporter
 from metaserver import httpserver, transport
@@ -93,21 +93,37 @@ async def serve(
     :class:`DfsError` if the metaserver is of another cluster; cancelling ends it at once."""
     raise_descriptor_limit()
     disk, identity = open_directory(config.data, config.name)
-    host, port = split_address(config.listen, "listen")
-    http_host, http_port = split_address(config.http, "http")
-    listener = _listen(host, port)
-    data_port: int = listener.getsockname()[1]
+    try:
+        listener = _listen(*split_address(config.listen, "listen"))
+        try:
+            await _serve(config, key, disk, identity, listener, stop, task_status)
+        finally:
+            listener.close()
+    finally:
+        disk.unlock()
+
+
+async def _serve(
+    config: Config,
+    key: ClusterKey | None,
+    disk: Disk,
+    identity: Identity,
+    listener: socket.socket,
+    stop: trio.Event,
+    task_status: trio.TaskStatus[Ports],
+) -> None:
     async with trio.open_nursery() as outer:
         node = Node(disk, identity, key, outer, reserve=config.reserve)
         if identity.cluster_id:
             await node.begin()
-        http_port = await _start_http(outer, node, http_host, http_port)
+        http_port = await _start_http(outer, node, *split_address(config.http, "http"))
+        ports = Ports(listener.getsockname()[1], http_port)
         outer.start_soon(transport.serve, listener, node.accept)
         registration = partial(
             node.registration,
             host=config.advertised_host,
-            port=data_port,
-            http_port=http_port,
+            port=ports.data,
+            http_port=ports.http,
             rack=config.rack,
             labels=config.labels,
         )
@@ -115,15 +131,14 @@ async def serve(
             inner.start_soon(_report, node, registration, config.metaservers, key)
             inner.start_soon(httpserver.feed_watchdog)
             httpserver.notify_systemd("READY=1")
-            log.info("serving", name=identity.name, listen=f"{host}:{data_port}", http=f"{http_host}:{http_port}")
-            task_status.started(Ports(data_port, http_port))
+            log.info("serving", name=identity.name, port=ports.data, http_port=ports.http, directory=disk.root)
+            task_status.started(ports)
             await stop.wait()
             httpserver.notify_systemd("STOPPING=1")
             log.info("stopping")
             await node.drain(DRAIN_SECONDS)
             inner.cancel_scope.cancel()
         outer.cancel_scope.cancel()
-    disk.unlock()
 
 
 def _listen(host: str, port: int) -> socket.socket:
