@@ -96,7 +96,7 @@ class Fetcher:
         self._jobs = Jobs()
         self._pace = Pace()
         self._flights: dict[int, list[Fetch]] = {}
-        self._watched: deque[Fetch] = deque()
+        self._watched: list[Fetch] = []
         self._watch_more = trio.Event()
         self._shunned: dict[tuple[int, int], float] = {}
 
@@ -257,23 +257,18 @@ class Fetcher:
             self._watch_more.set()
 
     async def _hedge(self) -> None:
-        """Asks another replica for what takes long."""
+        """Asks another replica for what takes long. The delay changes, so what is watched is not in order of time."""
         while True:
-            while self._watched and self._watched[0].done.is_set():
-                self._watched.popleft()
+            self._watched = [fetch for fetch in self._watched if fetch.candidates and not fetch.done.is_set()]
             if not self._watched:
                 self._watch_more = trio.Event()
                 await self._watch_more.wait()
-                continue
-            fetch = self._watched[0]
-            if fetch.hedge_at > trio.current_time():
-                await trio.sleep_until(fetch.hedge_at)
-                continue
-            self._watched.popleft()
-            if fetch.candidates:
-                self.hedges += 1
-                self._ask_next(fetch)
-                self._watch(fetch)
+            now = trio.current_time()
+            for fetch in self._watched:
+                if fetch.hedge_at <= now and fetch.candidates and not fetch.done.is_set():
+                    self.hedges += 1
+                    self._ask_next(fetch)
+            await trio.sleep(HEDGE_LEAST_SECONDS / 2)
 
 
 def _run_of(blocks: Blocks) -> Run | None:

@@ -139,8 +139,9 @@ class FileState:
 
     def begin_truncate(self, size: int) -> None:
         """Drops dirty bytes past ``size`` and shows that size, until the next :meth:`refresh` tells what came of it.
-        Nothing may be in flight."""
+        Nothing may be in flight. The truncate's time is newer than that of what remains dirty."""
         self.dirty.cut(size)
+        self.dirty.leave_times()
         self._truncating = size
         self._show()
         self.settled.unpark_all()
