@@ -417,10 +417,13 @@ class MetaClient:
         again = self._to_resend(survived)
         for page_of in _pages(again):
             await connection.call(protocol.RESEND, protocol.Resend(page_of), timeout=RESUME_SECONDS)
-        answer = await connection.call(protocol.RESUME_DONE, protocol.ResumeDone(), timeout=RESUME_SECONDS)
+        more = True
+        while more:
+            answer = await connection.call(protocol.RESUME_DONE, protocol.ResumeDone(), timeout=RESUME_SECONDS)
+            for result in answer.message.results:
+                self._resent(result)
+            more = answer.message.more
         self._withdrawn = [operation for operation in self._withdrawn if operation not in withdrawn]
-        for result in answer.message.results:
-            self._resent(result)
 
     def _to_resend(self, survived: dict[int, int]) -> list[protocol.Lost]:
         """The changes to send again, in order; forgets those that survived the metaserver's crash."""

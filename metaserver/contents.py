@@ -40,6 +40,10 @@ def entry(tx: Transaction, ino: int, rank: Rank) -> Entry:
     return entry_of(tx, ino, require(tx, ino), rank)
 
 
+def is_regular(inode: Inode) -> bool:
+    return stat.S_ISREG(inode.mode)
+
+
 def entry_of(tx: Transaction, ino: int, inode: Inode, rank: Rank) -> Entry:
     """Attributes with the map if it is short, or the target of a symlink."""
     attributes = inode.attributes(ino)

@@ -104,7 +104,7 @@ def insert_first(tx: Transaction, ino: int, extent: Extent, live: Live) -> int:
 
 
 def cut_step(tx: Transaction, ino: int, start: int, limit: int) -> Cut:
-    """Unmaps from ``start`` on, at most ``limit`` rows; the row across ``start`` comes first, so that none passes it."""
+    """Unmaps from ``start`` on, at most ``limit`` rows, the row across ``start`` first: then none lies across."""
     rows = list(islice(in_range(tx, ino, start, _END), limit + 1))
     cut = Cut(0, {}, len(rows) <= limit)
     for offset, row in rows[:limit]:

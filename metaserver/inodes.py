@@ -29,9 +29,11 @@ Openers = Callable[[int], Collection[int]]
 
 
 class Effects(msgspec.Struct):
-    """What a change brought about besides its rows, for those who must act on it once it has succeeded."""
+    """What a change brought about besides its rows, for those who must act on it once it has succeeded: DEAD chunks,
+    new orphans, new tasks."""
 
     dead: list[int] = []
+    orphans: list[int] = []
     tasks: list[tuple[int, Task]] = []
 
 
@@ -121,6 +123,7 @@ def drop_name(
         save(tx, ino, inode)
         for session in sessions:
             tx.put(Table.ORPHANS, orphan_key(ino, session), b"")
+        effects.orphans.append(ino)
         return 0, True
     remove(tx, ino, inode, effects)
     return 0, False

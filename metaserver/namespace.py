@@ -69,7 +69,7 @@ def resolve(tx: Transaction, path: bytes) -> int:
     return ino
 
 
-def make(tx: Transaction, now_ns: int, message: Make, effects: Effects) -> tuple[int, Inode, bool]:
+def make(tx: Transaction, now_ns: int, message: Make) -> tuple[int, Inode, bool]:
     """Creates what ``message`` says: ino, inode, and whether it is new (see ``protocol.Make.exclusive``)."""
     parent, name = message.parent, message.name
     directory = require_directory(tx, parent)

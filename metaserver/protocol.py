@@ -223,9 +223,10 @@ class ResumeDone(Message):
 
 
 class Resumed(Message):
-    """Answers to everything that was resent."""
+    """Answers to what was resent. ``more``: not all fit; RESUME_DONE again brings the next ones."""
 
     results: tuple[Resent, ...]
+    more: bool = False
 
 
 class KeepAlive(Message):
@@ -759,6 +760,8 @@ class Status(Json):
     free: int
     tasks: int
     orders: int
+    # Why nothing can be changed at present; "" if it can.
+    read_only: str = ""
 
 
 class ReplicaStatus(Json):

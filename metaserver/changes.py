@@ -1,0 +1,293 @@
+"""Every change a client can ask for: over one transaction, and then in the memory of those whom it concerns.
+
+Synchronous from the first row to the last consequence, so that nothing comes between; also used for what returning
+clients have done again.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from metaserver import chunks, contents, namespace, protocol, xattrs
+from metaserver.commit import Change, Committer
+from metaserver.config import Config
+from metaserver.connection import Reply
+from metaserver.errors import DfsError, ErrorCode
+from metaserver.extents import TooManyRows
+from metaserver.inodes import Effects
+from metaserver.members import Members
+from metaserver.protocol import CHANGED, Allocated, Changed, Commit, Entry, FileCommit, Made
+from metaserver.repair import Repair
+from metaserver.schema import Transaction
+from metaserver.sessions import Sessions, SessionState
+from metaserver.tasks import Tasks
+from metaserver.wire import Buffer, Empty, Method, Replay, Request, Response
+
+T = TypeVar("T")
+Applied = tuple[Reply, int]
+
+METHODS: dict[int, Method[Any, Any]] = {
+    method.number: method
+    for method in vars(protocol).values()
+    if isinstance(method, Method) and method.number in protocol.CHANGES
+}
+
+
+class Changes:
+    """Carries out the methods of ``protocol.CHANGES``. ``refusing``: why no change is taken at present."""
+
+    def __init__(
+        self, committer: Committer, config: Config, sessions: Sessions, members: Members, repair: Repair, tasks: Tasks
+    ) -> None:
+        self._committer = committer
+        self._config = config
+        self._sessions = sessions
+        self._members = members
+        self._repair = repair
+        self._tasks = tasks
+        self.refusing = ""
+        self._table: dict[int, Callable[[SessionState, Request[Any]], Applied]] = {
+            protocol.SET_ATTRIBUTES.number: self._set_attributes,
+            protocol.MAKE.number: self._make,
+            protocol.UNLINK.number: self._unlink,
+            protocol.RENAME.number: self._rename,
+            protocol.LINK.number: self._link,
+            protocol.SET_XATTR.number: self._set_xattr,
+            protocol.REMOVE_XATTR.number: self._remove_xattr,
+            protocol.ALLOCATE.number: self._allocate,
+            protocol.COMMIT.number: self._commit,
+            protocol.SEAL.number: self._seal,
+        }
+
+    def apply(self, session: SessionState, method: int, request: Request[Any]) -> Applied:
+        """Carries out one change: the reply, and the number to wait for before it may leave (0: none)."""
+        if self.refusing:
+            raise DfsError(ErrorCode.READ_ONLY, self.refusing)
+        if session.row.read_only:
+            raise DfsError(ErrorCode.READ_ONLY, "this session is read-only")
+        if request.operation <= 0:
+            raise DfsError(ErrorCode.INVALID, "a change needs an operation number")
+        if request.operation <= session.row.acknowledged and request.replay is None:
+            raise DfsError(ErrorCode.WITHDRAWN, "an operation that its client is done with")
+        return self._table[method](session, request)
+
+    # -- names and attributes ------------------------------------------------------------------------------------
+
+    def _set_attributes(self, session: SessionState, request: Request[Any]) -> Applied:
+        message, effects = request.message, Effects()
+        change = self._change(
+            session,
+            request,
+            protocol.SET_ATTRIBUTES.decode_reply,
+            lambda tx, now: contents.set_attributes(tx, now, message, effects),
+        )
+        self.carry_out(effects)
+        self._tell(session, (message.ino,))
+        return self._applied(change)
+
+    def _make(self, session: SessionState, request: Request[Any]) -> Applied:
+        message = request.message
+        rank = self._members.rank
+
+        def make(tx: Transaction, now_ns: int) -> Made:
+            ino, inode, created = namespace.make(tx, now_ns, message)
+            if created and not message.target:
+                empty = protocol.FileMap((), (), 0)
+                return Made(Entry(inode.attributes(ino), empty if contents.is_regular(inode) else None), True)
+            return Made(contents.entry_of(tx, ino, inode, rank), created)
+
+        change = self._change(session, request, protocol.MAKE.decode_reply, make)
+        made = change.message
+        if message.open:
+            self._sessions.open(session, made.entry.attributes.ino, writing=True)
+        if made.created:
+            self._tell(session, (message.parent,))
+        return self._applied(change)
+
+    def _unlink(self, session: SessionState, request: Request[Any]) -> Applied:
+        message, effects = request.message, Effects()
+        openers = self._sessions.opened_by
+        change = self._change(
+            session,
+            request,
+            protocol.UNLINK.decode_reply,
+            lambda tx, now: namespace.unlink(tx, now, message, openers, effects),
+            frees=True,
+        )
+        self.carry_out(effects)
+        self._tell(session, (message.parent,))
+        return self._applied(change)
+
+    def _rename(self, session: SessionState, request: Request[Any]) -> Applied:
+        message, effects = request.message, Effects()
+        openers = self._sessions.opened_by
+        change = self._change(
+            session,
+            request,
+            protocol.RENAME.decode_reply,
+            lambda tx, now: namespace.rename(tx, now, message, openers, effects),
+        )
+        self.carry_out(effects)
+        self._tell(session, (message.parent, message.new_parent))
+        return self._applied(change)
+
+    def _link(self, session: SessionState, request: Request[Any]) -> Applied:
+        message = request.message
+        change = self._change(
+            session, request, protocol.LINK.decode_reply, lambda tx, now: namespace.link(tx, now, message)
+        )
+        self._tell(session, (message.ino, message.new_parent))
+        return self._applied(change)
+
+    def _set_xattr(self, session: SessionState, request: Request[Any]) -> Applied:
+        message = request.message
+
+        def put(tx: Transaction, now_ns: int) -> Empty:
+            xattrs.set_value(tx, now_ns, message)
+            return Empty()
+
+        change = self._change(session, request, protocol.SET_XATTR.decode_reply, put)
+        self._tell(session, (message.ino,))
+        return self._applied(change)
+
+    def _remove_xattr(self, session: SessionState, request: Request[Any]) -> Applied:
+        message = request.message
+
+        def remove(tx: Transaction, now_ns: int) -> Empty:
+            xattrs.remove(tx, now_ns, message.ino, message.name)
+            return Empty()
+
+        change = self._change(session, request, protocol.REMOVE_XATTR.decode_reply, remove)
+        self._tell(session, (message.ino,))
+        return self._applied(change)
+
+    # -- chunks --------------------------------------------------------------------------------------------------
+
+    def _allocate(self, session: SessionState, request: Request[Any]) -> Applied:
+        """The servers follow the chunk in the answer's ids, so that a replay finds the replicas where they are."""
+        message, replay, copies = request.message, request.replay, self._config.copies
+
+        def allocate(tx: Transaction, now_ns: int) -> Allocated:
+            servers = self._servers_for(message, replay)
+            chunk = chunks.allocate(tx, now_ns, session.id, servers, copies)
+            return Allocated(chunk, self._members.addresses(servers), copies)
+
+        change = self._change(session, request, protocol.ALLOCATE.decode_reply, allocate)
+        allocated = change.message
+        servers = tuple(address.server for address in allocated.servers)
+        if not change.repeated:
+            self._members.opened(allocated.chunk, session.id, servers)
+        reply, wait_for = self._applied(change)
+        reply.ids = (*change.ids, *servers)
+        return reply, wait_for
+
+    def _servers_for(self, message: protocol.Allocate, replay: Replay | None) -> list[int]:
+        if replay is not None:
+            known = [server for server in replay.ids[1:] if server in self._members.by_id]
+            found = known or self._repair.reported(replay.ids[0])
+            if found:
+                return found
+        return self._members.place_new(
+            self._config.copies, self._config.min_copies, message.host, message.avoid
+        )  # fmt: skip
+
+    def _commit(self, session: SessionState, request: Request[Any]) -> Applied:
+        message = request.message
+        for file in message.files:
+            self._tasks.finish_truncate(file.ino)
+        effects = Effects()
+
+        def commit(tx: Transaction, now_ns: int) -> protocol.Committed:
+            return contents.commit(tx, now_ns, session.id, message, effects)
+
+        try:
+            change = self._change(session, request, protocol.COMMIT.decode_reply, commit)
+        except TooManyRows:
+            self._commit_pieces(session, message)
+            effects = Effects()
+            change = self._change(session, request, protocol.COMMIT.decode_reply, commit)
+        self.carry_out(effects)
+        for told in message.chunks:
+            self._members.progressed(told.chunk, told.length)
+        self._tell(session, [file.ino for file in message.files])
+        return self._applied(change)
+
+    def _commit_pieces(self, session: SessionState, message: Commit) -> None:
+        """Puts what replaces very many extents into the maps piece by piece, so that the commit itself finds it done.
+
+        A crash in between leaves a part of each write, as a crash of the writer would have.
+        """
+        for file in message.files:
+            for extent in file.extents:
+                position, end = extent.file_offset, extent.file_offset + extent.length
+                while position < end:
+                    piece = self._first_piece(session, file, extent, position)
+                    part = FileCommit(file.ino, file.truncate_generation, 0, None, (piece,))
+                    effects = Effects()
+                    self._committer.change(
+                        session.id,
+                        0,
+                        lambda tx, now, part=part, effects=effects: contents.commit(  # type: ignore[misc]
+                            tx, now, session.id, Commit(message.chunks, (part,)), effects
+                        ),
+                    )
+                    self.carry_out(effects)
+                    position += piece.length
+
+    def _first_piece(
+        self, session: SessionState, file: FileCommit, extent: protocol.Extent, position: int
+    ) -> protocol.Extent:
+        piece, _ = self._committer.read(session.id, lambda tx: contents.first_piece(tx, file, extent, position))
+        return piece
+
+    def _seal(self, session: SessionState, request: Request[Any]) -> Applied:
+        message, effects = request.message, Effects()
+
+        def seal(tx: Transaction, now_ns: int) -> Empty:
+            row = chunks.require_owned(tx, message.chunk, session.id)
+            if chunks.seal(tx, message.chunk, row, message.failed):
+                effects.dead.append(message.chunk)
+            return Empty()
+
+        change = self._change(session, request, protocol.SEAL.decode_reply, seal)
+        self._repair.sealed(message.chunk, self._members.closed(message.chunk))
+        self.carry_out(effects)
+        return self._applied(change)
+
+    # -- consequences --------------------------------------------------------------------------------------------
+
+    def carry_out(self, effects: Effects) -> None:
+        """What follows from a change that has succeeded."""
+        self._sessions.orphans.update(effects.orphans)
+        for chunk in effects.dead:
+            self._repair.look_at(chunk)
+        for number, task in effects.tasks:
+            self._tasks.add(number, task)
+
+    def _tell(self, session: SessionState, inos: Iterable[int]) -> None:
+        """Lets other sessions that have these inodes open drop what they have cached."""
+        openers = self._sessions.openers
+        for ino in inos:
+            others = openers.get(ino)
+            if others is None or (len(others) == 1 and session.id in others):
+                continue
+            for other in others:
+                state = self._sessions.by_id.get(other)
+                if other != session.id and state is not None and state.connection is not None:
+                    state.connection.push(CHANGED, Changed((ino,)))
+
+    def _change(
+        self,
+        session: SessionState,
+        request: Request[Any],
+        decode: Callable[[Buffer], Response[T]],
+        function: Callable[[Transaction, int], T],
+        *,
+        frees: bool = False,
+    ) -> Change[T]:
+        return self._committer.change(
+            session.id, request.operation, function, replay=request.replay, decode=decode, frees=frees
+        )
+
+    def _applied(self, change: Change[Any]) -> Applied:
+        reply = Reply(change.message, (), change.number, self._committer.durable, change.time_ns, change.ids)
+        return reply, change.wait_for

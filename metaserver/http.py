@@ -1,0 +1,143 @@
+"""The metaserver's HTTP interface: the routes of ``metaserver/protocol.py``, and metrics. Decodes, calls, encodes."""
+
+import struct
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from metaserver.control import Control
+from metaserver.errors import DfsError, ErrorCode
+from metaserver.httpserver import json_reply, protected, read_json
+from metaserver.key import ClusterKey
+from metaserver.protocol import CheckReport, Heartbeat, Register, ReportPage
+from metaserver.service import Service
+from metaserver.status import StatusReader
+
+
+class ServiceMetrics(Collector):
+    """Reads the numbers when they are asked for: nothing is counted twice."""
+
+    def __init__(self, service: Service, status: StatusReader) -> None:
+        self._service = service
+        self._status = status
+
+    def collect(self) -> Iterable[Metric]:
+        service, committer = self._service, self._service.committer
+        gauges = {
+            "epoch": ("Life of the metaserver", committer.epoch),
+            "change_number": ("Newest change", committer.newest),
+            "durable_number": ("Newest change on stable storage", committer.durable),
+            "read_only": ("1 if nothing can be changed", int(bool(service.changes.refusing))),
+            "window_open": ("1 while the reconnect window is open", int(service.resuming.window.open)),
+            "sessions": ("Mounted clients", len(service.sessions.by_id)),
+            "open_chunks": ("Chunks being written", len(service.members.open_chunks)),
+            "orders": ("Orders under way", len(service.repair)),
+            "tasks": ("Tasks that continue in steps", len(service.tasks)),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(f"metaserver_{name}", text, float(value))
+        yield self._requests()
+        yield CounterMetricFamily("metaserver_flushes", "FLUSH pushes sent", service.flushing.asked)
+        yield CounterMetricFamily("metaserver_flushes_given_up", "FLUSH not answered", service.flushing.given_up)
+        yield from self._servers()
+
+    def _requests(self) -> Metric:
+        family = CounterMetricFamily("metaserver_requests", "Requests by method", labels=["method"])
+        for number, count in sorted(self._service.counts.items()):
+            family.add_metric([self._service.table[number].method.name], count)
+        return family
+
+    def _servers(self) -> Iterable[Metric]:
+        up = GaugeMetricFamily("metaserver_chunkserver_up", "1 if the server is up", labels=["server", "name"])
+        free = GaugeMetricFamily("metaserver_chunkserver_free_bytes", "Bytes free there", labels=["server", "name"])
+        for server in self._status.servers():
+            labels = [str(server.server), server.name]
+            up.add_metric(labels, float(server.state in ("UP", "DRAINING")))
+            free.add_metric(labels, server.free)
+        return [up, free]
+
+
+def make_app(
+    service: Service,
+    control: Control,
+    status: StatusReader,
+    check: Callable[[], Awaitable[CheckReport]],
+    key: ClusterKey | None,
+) -> Starlette:
+    """The application; every path but ``/health`` needs the token of ``key``."""
+    registry = CollectorRegistry()
+    registry.register(ServiceMetrics(service, status))
+
+    async def register(request: Request) -> Response:
+        return json_reply(await control.register(await read_json(request, Register)))
+
+    async def report(request: Request) -> Response:
+        with _numbers():
+            await control.report(_number(request, "server"), await read_json(request, ReportPage))
+        return json_reply({})
+
+    async def heartbeat(request: Request) -> Response:
+        with _numbers():
+            reply = await control.heartbeat(_number(request, "server"), await read_json(request, Heartbeat))
+        return json_reply(reply)
+
+    async def show_status(request: Request) -> Response:
+        return json_reply(await status.status())
+
+    async def servers(request: Request) -> Response:
+        return json_reply(status.servers())
+
+    async def show_file(request: Request) -> Response:
+        try:
+            return json_reply(await status.file(_number(request, "ino")))
+        except DfsError as error:
+            if error.code is ErrorCode.STALE_INODE:
+                raise DfsError(ErrorCode.NOT_FOUND, error.text) from None
+            raise
+
+    async def show_check(request: Request) -> Response:
+        return json_reply(await check())
+
+    async def health(request: Request) -> Response:
+        return json_reply({"role": "metaserver", "epoch": service.committer.epoch, "status": "ok"})
+
+    async def metrics(request: Request) -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    routes = [
+        Route("/v1/servers/register", register, methods=["POST"]),
+        Route("/v1/servers/{server}/report", report, methods=["POST"]),
+        Route("/v1/servers/{server}/heartbeat", heartbeat, methods=["POST"]),
+        Route("/v1/status", show_status),
+        Route("/v1/chunks/{ino}", show_file),
+        Route("/v1/files/{ino}", show_file),
+        Route("/v1/check", show_check),
+        Route("/servers", servers),
+        Route("/health", health),
+        Route("/metrics", metrics),
+    ]
+    return protected(routes, key)
+
+
+@contextmanager
+def _numbers() -> Iterator[None]:
+    """Numbers that do not fit into a row are the sender's mistake."""
+    try:
+        yield
+    except struct.error:
+        raise DfsError(ErrorCode.INVALID, "a number out of its range") from None
+
+
+def _number(request: Request, name: str) -> int:
+    text = request.path_params[name]
+    if not text.isdecimal() or len(text) > 20:
+        raise DfsError(ErrorCode.INVALID, f"{text[:40]!r} is no number")
+    return int(text)

@@ -1,0 +1,241 @@
+"""The chunkservers: who is there, how much room they have, and what is reserved on them. In memory, no I/O.
+
+A server is known by its SERVERS row; its state follows from its heartbeats alone. Times are on the lived clock.
+"""
+
+from collections.abc import Iterable
+from random import Random
+
+import msgspec
+
+from metaserver.errors import DfsError, ErrorCode
+from metaserver.placement import Candidate, choose
+from metaserver.protocol import CHUNK_CAPACITY, Heartbeat, Register, ServerAddress, ServerState
+from metaserver.schema import Server
+from metaserver.wire import PROTOCOL_VERSION
+
+# Heartbeats missed until a server is DOWN.
+MISSED = 3
+# Smaller is read from first; an unknown server comes last.
+_RANK = {ServerState.UP: 0, ServerState.DRAINING: 0, ServerState.DOWN: 1, ServerState.LOST: 2}
+_UNKNOWN_RANK = 3
+# What a server says of its disk when it takes data ("": nothing yet).
+_USABLE = ("", "OK")
+
+# Legal moves; anything to UP is a heartbeat.
+SERVER_MOVES: dict[ServerState, frozenset[ServerState]] = {
+    ServerState.UP: frozenset({ServerState.DOWN}),
+    ServerState.DOWN: frozenset({ServerState.UP, ServerState.LOST}),
+    ServerState.LOST: frozenset({ServerState.UP}),
+    ServerState.DRAINING: frozenset(),
+}
+
+
+class Member(msgspec.Struct, eq=False):
+    """A chunkserver. ``listed``: its full listing has been taken in this epoch. ``unsealed``: chunks that are SEALED
+    here and not there. ``next_page`` and ``listed_to`` are for a listing under way."""
+
+    server: int
+    row: Server
+    heard: float
+    incarnation: int = 0
+    state: ServerState = ServerState.DOWN
+    listed: bool = False
+    next_page: int = 0
+    listed_to: int = -1
+    number: int = 0
+    capacity: int = 0
+    free: int = 0
+    reserved: int = 0
+    chunks: int = 0
+    disk_state: str = ""
+    read_bytes: int = 0
+    written_bytes: int = 0
+    unsealed: set[int] = set()
+
+    @property
+    def shown_state(self) -> ServerState:
+        return ServerState.DRAINING if self.state is ServerState.UP and self.row.draining else self.state
+
+    @property
+    def up(self) -> bool:
+        return self.state is ServerState.UP
+
+    @property
+    def room(self) -> int:
+        """Bytes free and not reserved."""
+        return max(0, self.free - self.reserved)
+
+    def candidate(self) -> Candidate:
+        return Candidate(self.server, self.row.host, self.row.rack, self.room)
+
+    def address(self) -> ServerAddress:
+        return ServerAddress(self.server, self.row.host, self.row.port, self.row.rack, self.shown_state)
+
+
+class OpenChunk(msgspec.Struct, eq=False):
+    """A chunk being written: what is still reserved for it on each of ``servers`` is its capacity less ``length``."""
+
+    owner: int
+    servers: tuple[int, ...]
+    length: int
+
+
+class Members:
+    """All servers and the chunks being written on them.
+
+    Invariant: a member's ``reserved`` is the sum over the open chunks on it of ``CHUNK_CAPACITY - length``.
+    """
+
+    def __init__(self, heartbeat_seconds: float, lost_after_seconds: float, random: Random) -> None:
+        self.by_id: dict[int, Member] = {}
+        self.open_chunks: dict[int, OpenChunk] = {}
+        self.owned: dict[int, set[int]] = {}
+        self._down_after = MISSED * heartbeat_seconds
+        self._lost_after = max(lost_after_seconds, self._down_after)
+        self._random = random
+
+    def load(self, server: int, row: Server, now: float) -> None:
+        """A server known from an earlier life: DOWN until it is heard."""
+        self.by_id[server] = Member(server, row, now, capacity=row.capacity)
+
+    # -- registration and heartbeats -----------------------------------------------------------------------------
+
+    def check_register(self, told: Register, cluster_id: str) -> None:
+        """Raises unless this server may be a member."""
+        if told.version != PROTOCOL_VERSION:
+            text = f"this metaserver speaks protocol version {PROTOCOL_VERSION}, the chunkserver {told.version}"
+            raise DfsError(ErrorCode.WRONG_VERSION, text)
+        if told.cluster_id and told.cluster_id != cluster_id:
+            raise DfsError(ErrorCode.WRONG_CLUSTER, f"this is cluster {cluster_id}, the disk is of {told.cluster_id}")
+        if not 0 < told.server < 1 << 32 or not 0 < told.port < 1 << 16 or not told.host:
+            raise DfsError(ErrorCode.INVALID, "a server needs a number from 1 on, a host and a port")
+        other = self.by_id.get(told.server)
+        if other is None or not other.up or other.incarnation == told.incarnation:
+            return
+        if (other.row.host, other.row.data_path) != (told.host, told.data_path):
+            where = f"{other.row.host}:{other.row.data_path}"
+            raise DfsError(ErrorCode.BUSY, f"server {told.server} is running already, with {where}")
+
+    def register(self, told: Register, now: float) -> Server:
+        """Takes a (re)started server in; it is UP when its listing is complete and a heartbeat has come."""
+        known = self.by_id.get(told.server)
+        draining = known is not None and known.row.draining
+        row = Server(
+            told.name, told.host, told.port, told.http_port, told.rack, told.labels, told.data_path, told.capacity,
+            draining,
+        )  # fmt: skip
+        member = Member(told.server, row, now, incarnation=told.incarnation, capacity=told.capacity, free=told.free)
+        if known is not None:
+            member.state, member.reserved, member.unsealed = known.state, known.reserved, known.unsealed
+            # Until it has reported it is not known what it still has.
+            if member.state is ServerState.UP:
+                self._move(member, ServerState.DOWN)
+        self.by_id[told.server] = member
+        return row
+
+    def require(self, server: int, incarnation: int) -> Member | None:
+        """The member in this life of its process; None: it must register (again)."""
+        member = self.by_id.get(server)
+        return member if member is not None and member.incarnation == incarnation and incarnation else None
+
+    def heartbeat(self, member: Member, told: Heartbeat, now: float) -> bool:
+        """Notes what a heartbeat says about the server itself; whether its changes and results are new."""
+        member.heard = now
+        member.capacity, member.free, member.chunks = told.capacity, told.free, told.chunks
+        member.disk_state = told.disk_state
+        member.read_bytes, member.written_bytes = told.read_bytes, told.written_bytes
+        if member.listed and member.state is not ServerState.UP:
+            self._move(member, ServerState.UP)
+        new = told.number > member.number
+        member.number = max(member.number, told.number)
+        return new
+
+    def age(self, now: float) -> list[Member]:
+        """Moves silent servers on to DOWN and LOST; returns those whose state has changed."""
+        changed = []
+        for member in self.by_id.values():
+            silent = now - member.heard
+            if member.state is ServerState.UP and silent > self._down_after:
+                self._move(member, ServerState.DOWN)
+                changed.append(member)
+            if member.state is ServerState.DOWN and silent > self._lost_after:
+                self._move(member, ServerState.LOST)
+                changed.append(member)
+        return changed
+
+    def _move(self, member: Member, state: ServerState) -> None:
+        if state not in SERVER_MOVES[member.state]:
+            raise DfsError(ErrorCode.INTERNAL, f"a server cannot go from {member.state.name} to {state.name}")
+        member.state = state
+
+    # -- for placing and reading ---------------------------------------------------------------------------------
+
+    def rank(self, server: int) -> int:
+        member = self.by_id.get(server)
+        return _UNKNOWN_RANK if member is None else _RANK[member.state]
+
+    def addresses(self, servers: Iterable[int]) -> tuple[ServerAddress, ...]:
+        return tuple(self.by_id[server].address() for server in servers if server in self.by_id)
+
+    def candidates(self) -> list[Candidate]:
+        return [
+            member.candidate()
+            for member in self.by_id.values()
+            if member.shown_state is ServerState.UP and member.disk_state in _USABLE
+        ]
+
+    def place_new(self, copies: int, least: int, host: str, avoid: Iterable[int]) -> list[int]:
+        """Servers for a new chunk. NO_SPACE if they are too full, UNAVAILABLE if too few are up."""
+        candidates = self.candidates()
+        chosen = choose(candidates, copies, self._random, writer_host=host, avoid=frozenset(avoid))
+        if len(chosen) < least:
+            if len(candidates) < least:
+                raise DfsError(ErrorCode.UNAVAILABLE, f"{len(candidates)} chunkservers are up, {least} are needed")
+            raise DfsError(ErrorCode.NO_SPACE, "no chunkserver has room for another chunk")
+        return chosen
+
+    def place_copy(self, beside: Iterable[int], needed: int) -> int:
+        """A server for one more replica of a chunk that has some; 0: none."""
+        others = [self.by_id[server].candidate() for server in beside if server in self.by_id]
+        chosen = choose(self.candidates(), 1, self._random, beside=others, needed=max(1, needed))
+        return chosen[0] if chosen else 0
+
+    def space(self, copies: int) -> tuple[int, int]:
+        """Total and free bytes that can be stored at so many copies."""
+        there = [member for member in self.by_id.values() if member.state is not ServerState.LOST]
+        total = sum(member.capacity for member in there)
+        return total // copies, sum(member.room for member in there) // copies
+
+    # -- reservations --------------------------------------------------------------------------------------------
+
+    def opened(self, chunk: int, owner: int, servers: Iterable[int], length: int = 0) -> None:
+        """A chunk is being written; may be said again with other servers."""
+        self.closed(chunk)
+        self.open_chunks[chunk] = OpenChunk(owner, tuple(servers), length)
+        self.owned.setdefault(owner, set()).add(chunk)
+        self._reserve(self.open_chunks[chunk].servers, CHUNK_CAPACITY - length)
+
+    def progressed(self, chunk: int, length: int) -> None:
+        found = self.open_chunks.get(chunk)
+        if found is not None:
+            self._reserve(found.servers, found.length - length)
+            found.length = length
+
+    def closed(self, chunk: int) -> tuple[int, ...]:
+        """The chunk is no longer written; returns the servers it was written on."""
+        found = self.open_chunks.pop(chunk, None)
+        if found is None:
+            return ()
+        self._reserve(found.servers, found.length - CHUNK_CAPACITY)
+        mine = self.owned[found.owner]
+        mine.discard(chunk)
+        if not mine:
+            del self.owned[found.owner]
+        return found.servers
+
+    def _reserve(self, servers: Iterable[int], change: int) -> None:
+        for server in servers:
+            member = self.by_id.get(server)
+            if member is not None:
+                member.reserved += change

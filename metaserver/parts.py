@@ -1,0 +1,89 @@
+"""The parts of a running metaserver, put together over a storage engine. No sockets here: tests use it as it is."""
+
+import time
+from collections.abc import Callable
+from random import Random
+
+from metaserver import chunks, inodes
+from metaserver.changes import Changes
+from metaserver.clock import LivedClock
+from metaserver.commit import Committer
+from metaserver.config import Config
+from metaserver.control import Control
+from metaserver.flushing import Flushing
+from metaserver.members import Members
+from metaserver.protocol import ROOT_INO
+from metaserver.repair import Repair
+from metaserver.resume import Resuming
+from metaserver.schema import Server, Table, Transaction, inode_key
+from metaserver.service import Client, Service
+from metaserver.sessions import Sessions
+from metaserver.status import StatusReader
+from metaserver.tasks import Tasks
+from metaserver.upkeep import Upkeep
+
+
+class Parts:
+    """Made once per epoch; :meth:`load` then takes up what earlier epochs left."""
+
+    def __init__(
+        self,
+        committer: Committer,
+        config: Config,
+        cluster_id: str,
+        *,
+        now_ns: Callable[[], int] = time.time_ns,
+        random: Random | None = None,
+    ) -> None:
+        self.committer = committer
+        self.cluster_id = cluster_id
+        self.clock = clock = LivedClock()
+        self.sessions = sessions = Sessions()
+        self.members = members = Members(config.heartbeat_seconds, config.lost_after_seconds, random or Random())
+        self.repair = repair = Repair(committer, config, members, clock)
+        self.tasks = tasks = Tasks(committer, members)
+        self.changes = changes = Changes(committer, config, sessions, members, repair, tasks)
+        tasks.carry_out, tasks.sealed = changes.carry_out, repair.sealed
+        self.flushing = flushing = Flushing(sessions)
+        self.resuming = resuming = Resuming(
+            committer, config, cluster_id, sessions, changes, flushing, tasks, clock, now_ns
+        )
+        self.service = service = Service(
+            committer, config, clock, sessions, members, changes, flushing, resuming, repair, tasks
+        )
+        self.control = Control(committer, config, cluster_id, clock, members, repair, changes, resuming.window, service)
+        self.status = StatusReader(
+            committer, config, cluster_id, clock, sessions, members, repair, tasks, changes, service
+        )
+        self.upkeep = Upkeep(config, clock, sessions, members, changes, resuming, tasks, repair)
+
+    def load(self) -> None:
+        """Makes the root of a new cluster; takes up servers, open chunks, tasks, sessions and orphans."""
+        self.committer.change(0, 0, _ensure_root)
+        rows, _ = self.committer.read(0, lambda tx: list(tx.scan(Table.SERVERS, b"", b"\xff" * 5)))
+        for key, value in rows:
+            self.members.load(int.from_bytes(key, "big"), Server.unpack(value), self.clock.seconds)
+        (open_chunks, orphans), _ = self.committer.read(0, _open_chunks_and_orphans)
+        for chunk, owner, servers, length in open_chunks:
+            self.members.opened(chunk, owner, servers, length)
+        self.sessions.orphans.update(orphans)
+        self.resuming.load(self.tasks.load())
+
+    def client(self) -> Client:
+        """For one more connection."""
+        return Client(self.service)
+
+
+def _ensure_root(tx: Transaction, now_ns: int) -> None:
+    if tx.get(Table.INODES, inode_key(ROOT_INO)) is None:
+        inodes.make_root(tx, now_ns)
+
+
+def _open_chunks_and_orphans(tx: Transaction) -> tuple[list[tuple[int, int, list[int], int]], list[int]]:
+    found = []
+    for chunk, owner in chunks.owned(tx):
+        row = chunks.find(tx, chunk)
+        length = 0 if row is None else row.length
+        found.append((chunk, owner, [server for server, _ in chunks.replicas(tx, chunk)], length))
+    orphans = [int.from_bytes(key[:8], "big") for key, _ in tx.scan(Table.ORPHANS, b"", b"\xff" * 17)]
+    return found, orphans

@@ -1,0 +1,169 @@
+"""Running a metaserver: data directory, storage engine, sockets, signals, systemd.
+
+Two nurseries in one: the inner ends first (nothing new is accepted), then the connections, then the storage engine,
+whose end is a synced checkpoint.
+"""
+
+import errno
+import gc
+import signal
+import socket
+from typing import NamedTuple
+
+import structlog
+import trio
+
+from metaserver import httpserver, identity, transport
+from metaserver.checking import check_running
+from metaserver.commit import Committer, open_committer
+from metaserver.config import Config, ConfigError
+from metaserver.connection import accept_handshake
+from metaserver.errors import DfsError
+from metaserver.http import make_app
+from metaserver.key import ClusterKey, load_or_create_key
+from metaserver.parts import Parts
+from metaserver.protocol import ROLE, CheckReport
+from metaserver.transport import SocketTransport
+
+log = structlog.get_logger(__name__)
+
+# What was asked before a stop is answered, as far as that takes no longer.
+DRAIN_SECONDS = 2.0
+
+
+class StartError(Exception):
+    """The server cannot start; the text is one line that says why and what to do."""
+
+
+class Ports(NamedTuple):
+    """Where a server listens in the end."""
+
+    data: int
+    http: int
+
+
+async def serve(
+    config: Config, stop: trio.Event, *, task_status: trio.TaskStatus[Ports] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Runs a metaserver until ``stop`` is set. Raises, before anything is served, what the command line explains."""
+    config.check()
+    whose = identity.open_directory(config.data_path)
+    try:
+        key = load_or_create_key(config.key_path)
+    except OSError as error:
+        raise ConfigError(f"cannot make the cluster key {config.key_path}: {error.strerror}") from None
+    listener = _listen(config.listen_host, config.listen_port)
+    try:
+        async with open_committer(config.data_path) as committer:
+            parts = Parts(committer, config, whose.cluster_id)
+            parts.load()
+            await committer.checkpoint()
+            await _run(config, key, parts, listener, stop, task_status)
+    finally:
+        listener.close()
+
+
+async def _run(
+    config: Config,
+    key: ClusterKey,
+    parts: Parts,
+    listener: socket.socket,
+    stop: trio.Event,
+    task_status: trio.TaskStatus[Ports],
+) -> None:
+    async with trio.open_nursery() as nursery:
+        ports = Ports(listener.getsockname()[1], await _start_http(nursery, config, key, parts))
+        nursery.start_soon(transport.serve, listener, _Acceptor(parts, key).handle)
+        nursery.start_soon(parts.upkeep.run)
+        nursery.start_soon(httpserver.feed_watchdog)
+        httpserver.notify_systemd("READY=1")
+        log.info(
+            "serving", cluster=parts.cluster_id, epoch=parts.committer.epoch,
+            listen=f"{config.listen_host}:{ports.data}", http=f"{config.http_host}:{ports.http}",
+        )  # fmt: skip
+        task_status.started(ports)
+        await stop.wait()
+        httpserver.notify_systemd("STOPPING=1")
+        log.info("stopping")
+        await _drain(parts.committer)
+        nursery.cancel_scope.cancel()
+
+
+async def _drain(committer: Committer) -> None:
+    """Lets the replies leave that wait for what has been done so far."""
+    with trio.move_on_after(DRAIN_SECONDS):
+        await committer.wait_durable(committer.newest)
+        await trio.sleep(0.01)
+
+
+class _Acceptor:
+    """Greets connections and serves them; one that misbehaves ends alone."""
+
+    def __init__(self, parts: Parts, key: ClusterKey) -> None:
+        self._parts = parts
+        self._key = key
+
+    async def handle(self, stream: SocketTransport) -> None:
+        client = self._parts.client()
+        try:
+            connection = await accept_handshake(
+                stream, client.dispatch, key=self._key, cluster_id=self._parts.cluster_id, role=ROLE
+            )
+        except DfsError as error:
+            log.warning("connection refused", peer=stream.name, reason=str(error))
+            return
+        try:
+            await connection.run()
+        finally:
+            client.lost(connection)
+
+
+async def _start_http(nursery: trio.Nursery, config: Config, key: ClusterKey, parts: Parts) -> int:
+    async def check() -> CheckReport:
+        return await check_running(parts.committer)
+
+    app = make_app(parts.service, parts.control, parts.status, check, key)
+    try:
+        bound: int = await nursery.start(httpserver.run_http, app, config.http_host, config.http_port)
+    except OSError as error:
+        raise StartError(_cannot_listen(config.http_host, config.http_port, error)) from None
+    return bound
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return transport.listen(host, port)
+    except OSError as error:
+        raise StartError(_cannot_listen(host, port, error)) from None
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use: stop what listens there or choose another"
+    return f"cannot listen on {host}:{port}: {error.strerror}"
+
+
+async def serve_until_signal(config: Config) -> None:
+    """:func:`serve` until SIGTERM or SIGINT; a second one does not wait for replies to leave."""
+    stop = trio.Event()
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                async for _ in signals:
+                    if stop.is_set():
+                        nursery.cancel_scope.cancel()
+                    stop.set()
+
+            nursery.start_soon(watch)
+            await nursery.start(_serve_and_stop, config, stop, nursery.cancel_scope)
+            # What is there now stays: the collector need not look at it again and again.
+            gc.collect()
+            gc.freeze()
+
+
+async def _serve_and_stop(
+    config: Config, stop: trio.Event, scope: trio.CancelScope, *, task_status: trio.TaskStatus[Ports]
+) -> None:
+    await serve(config, stop, task_status=task_status)
+    scope.cancel()

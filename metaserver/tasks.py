@@ -1,0 +1,112 @@
+"""Work that continues in steps (TASKS rows): large removals and truncates, and the end of a session.
+
+Each step is one change, so that it survives a crash where it is; between steps others have their turn.
+"""
+
+from collections.abc import Callable, Iterable
+
+import structlog
+import trio
+
+from metaserver import contents, inodes, sessions
+from metaserver.commit import Committer
+from metaserver.inodes import Effects
+from metaserver.members import Members
+from metaserver.schema import Inode, Table, Task, TaskKind, Transaction, inode_key, key_u64, read_u64
+from metaserver.sessions import EvictionStep
+
+log = structlog.get_logger(__name__)
+
+
+class Tasks:
+    """The tasks under way. ``carry_out`` (effects) and ``sealed`` (chunk, servers) take what steps bring about.
+
+    Invariant: ``_pending`` has every TASKS row; an inode is in ``_truncating`` while a TRUNCATE of it is pending.
+    """
+
+    def __init__(self, committer: Committer, members: Members) -> None:
+        self._committer = committer
+        self._members = members
+        self._pending: dict[int, Task] = {}
+        self._truncating: dict[int, int] = {}
+        self._added = trio.Event()
+        self.carry_out: Callable[[Effects], None]
+        self.sealed: Callable[[int, tuple[int, ...]], None]
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def load(self) -> list[int]:
+        """Takes up the tasks of earlier epochs; returns the sessions that are being ended."""
+        rows, _ = self._committer.read(0, lambda tx: list(tx.scan(Table.TASKS, b"", b"\xff" * 9)))
+        for key, value in rows:
+            self.add(read_u64(key), Task.unpack(value))
+        return [task.subject for task in self._pending.values() if task.kind is TaskKind.EVICT_SESSION]
+
+    def add(self, number: int, task: Task) -> None:
+        self._pending[number] = task
+        if task.kind is TaskKind.TRUNCATE:
+            self._truncating[task.subject] = number
+        self._added.set()
+
+    def truncating(self, inos: Iterable[int]) -> list[int]:
+        """Which of these files still lose a tail that must not come into sight again: they cannot grow now."""
+        return [ino for ino in inos if ino in self._truncating] if self._truncating else []
+
+    async def finished(self, inos: Iterable[int]) -> None:
+        """Returns when none of these files loses a tail any more."""
+        for ino in inos:
+            while ino in self._truncating:
+                self.step(self._truncating[ino])
+                await trio.lowlevel.checkpoint()
+
+    def finish_truncate(self, ino: int) -> None:
+        """:meth:`finished` for those who cannot wait."""
+        while ino in self._truncating:
+            self.step(self._truncating[ino])
+
+    async def run(self) -> None:
+        """Goes on with everything until cancelled."""
+        while True:
+            for number in list(self._pending):
+                self.step(number)
+                await trio.lowlevel.checkpoint()
+            if not self._pending:
+                self._added = trio.Event()
+                await self._added.wait()
+
+    def step(self, number: int) -> None:
+        """One step of one task; it is forgotten when it is finished."""
+        task = self._pending.get(number)
+        if task is None:
+            return
+        effects = Effects()
+        eviction = EvictionStep([], False)
+
+        def work(tx: Transaction, now_ns: int) -> bool:
+            nonlocal eviction
+            if task.kind is TaskKind.EVICT_SESSION:
+                owned = self._members.owned.get(task.subject, ())
+                eviction = sessions.evict_step(tx, task.subject, sorted(owned), effects)
+                done = eviction.done
+            else:
+                done = _inode_step(tx, task, effects)
+            if done:
+                tx.delete(Table.TASKS, key_u64(number))
+            return done
+
+        done = self._committer.change(0, 0, work, frees=True).message
+        for chunk in eviction.sealed:
+            self.sealed(chunk, self._members.closed(chunk))
+        self.carry_out(effects)
+        if done:
+            del self._pending[number]
+            if task.kind is TaskKind.TRUNCATE and self._truncating.get(task.subject) == number:
+                del self._truncating[task.subject]
+
+
+def _inode_step(tx: Transaction, task: Task, effects: Effects) -> bool:
+    if task.kind is TaskKind.TRUNCATE:
+        return contents.truncate_step(tx, task.subject, task.position, effects)
+    row = tx.get(Table.INODES, inode_key(task.subject))
+    return row is None or inodes.remove_step(tx, task.subject, Inode.unpack(row), effects)
