@@ -101,6 +101,7 @@ async def serving(
             finally:
                 nursery.cancel_scope.cancel()
     finally:
+        listener.close()
         disk.unlock()
 
 

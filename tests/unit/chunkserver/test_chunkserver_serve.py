@@ -1,14 +1,16 @@
 """A whole chunkserver against a metaserver played by a small HTTP application; and its command line."""
 
+import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
 import msgspec
 import pytest
+import structlog
 import trio
 from chunkserver_harness import CLUSTER, KEY, Writer
 from starlette.requests import Request
@@ -295,6 +297,15 @@ def test_configuration_defaults() -> None:
     assert made.reserve(10 << 40) == 1 << 30
     assert made.reserve(1000) == 10
     assert split_address("[::1]:5", "x") == ("::1", 5)
+
+
+@pytest.fixture(autouse=True)
+def restore_logging() -> Iterator[None]:
+    """The command line configures logging for the whole process, to a standard error that ends with the test."""
+    handlers = logging.getLogger().handlers[:]
+    yield
+    logging.getLogger().handlers[:] = handlers
+    structlog.reset_defaults()
 
 
 def run_cli(*arguments: str) -> tuple[int, str]:
