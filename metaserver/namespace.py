@@ -175,7 +175,7 @@ def link(tx: Transaction, now_ns: int, message: Link) -> Attributes:
 def rename(tx: Transaction, now_ns: int, message: Rename, openers: Openers, effects: Effects) -> Renamed:
     """renameat2(2), without RENAME_WHITEOUT."""
     flags = message.flags
-    if flags & ~(RenameFlags.NOREPLACE | RenameFlags.EXCHANGE) or flags == 3:
+    if flags not in (RenameFlags.NONE, RenameFlags.NOREPLACE, RenameFlags.EXCHANGE):
         raise DfsError(ErrorCode.INVALID)
     old_directory = require_directory(tx, message.parent)
     new_directory = old_directory

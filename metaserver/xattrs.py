@@ -35,7 +35,7 @@ def set_value(tx: Transaction, now_ns: int, message: SetXattr) -> None:
     ino, name = message.ino, message.name
     inode = require(tx, ino)
     _check_name(name)
-    if message.flags & ~(XattrFlags.CREATE | XattrFlags.REPLACE):
+    if message.flags not in (XattrFlags.NONE, XattrFlags.CREATE, XattrFlags.REPLACE):
         raise DfsError(ErrorCode.INVALID)
     if len(message.value) > XATTR_VALUE_MAX:
         raise DfsError(ErrorCode.ARGUMENT_TOO_BIG)
