@@ -5,7 +5,9 @@ of that back with ``forget``; until then it may name the inode at any time. Noth
 
 **Belief.** Attributes read from the metaserver are believed for ``attr_timeout`` from the moment they were *asked
 for*; what remains of that is the time-out the kernel gets, so that both caches together never show anything older.
-An answer to a question asked before a change of our own came back may be older than the change: it is not taken.
+An answer to a question asked before a change of our own came back may be older than the change: it is not taken. An
+answer to a question asked before we heard of somebody else's change may be older or newer than that: it is shown, since
+it was true while the question was open, but not believed any longer.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ class Inode:
         "attributes",
         "believed_until",
         "changed_at",
+        "doubted_at",
         "ino",
         "kernel_version",
         "lookups",
@@ -47,6 +50,7 @@ class Inode:
         self.attributes = attributes
         self.believed_until = NEVER
         self.changed_at = NEVER
+        self.doubted_at = NEVER
         self.kernel_version = -1
         self.lookups = 0
         self.opened: OpenFile | None = None
@@ -81,14 +85,20 @@ class InodeTable:
         if inode is None:
             inode = self._inodes[attributes.ino] = Inode(attributes)
             inode.believed_until = asked_at + self._timeout
-        elif asked_at >= inode.changed_at:
+        elif self.is_news(inode, attributes, asked_at):
             inode.attributes = attributes
-            inode.believed_until = asked_at + self._timeout
+            if asked_at >= inode.doubted_at:
+                inode.believed_until = asked_at + self._timeout
         if parent:
             inode.parent = parent
         if target:
             inode.target = target
         return inode
+
+    @staticmethod
+    def is_news(inode: Inode, attributes: Attributes, asked_at: float) -> bool:
+        """Whether an answer is not older than what is known."""
+        return asked_at >= inode.changed_at or attributes.data_version > inode.attributes.data_version
 
     def peek(self, attributes: Attributes, asked_at: float) -> Inode:
         """Like :meth:`learn`, but an inode that is not in the table stays out of it until :meth:`adopt`."""
@@ -120,12 +130,11 @@ class InodeTable:
         inode = self._inodes.get(ino)
         if inode is not None:
             inode.believed_until = NEVER
-            inode.changed_at = self._clock()
+            inode.doubted_at = self._clock()
 
     def doubt_all(self) -> None:
-        for inode in self._inodes.values():
-            inode.believed_until = NEVER
-            inode.changed_at = self._clock()
+        for ino in self._inodes:
+            self.doubt(ino)
 
     def seconds_left(self, inode: Inode) -> float:
         """How long the kernel may believe what it is told now."""

@@ -75,8 +75,10 @@ class Core:
 
     def learn(self, entry: Entry, asked_at: float, parent: int = 0) -> Inode:
         """Takes the answer to a question asked at ``asked_at`` into all tables."""
+        known = self.inodes.get(entry.attributes.ino)
+        news = known is None or self.inodes.is_news(known, entry.attributes, asked_at)
         inode = self.inodes.learn(entry.attributes, asked_at, parent=parent, target=entry.target)
-        if inode.opened is not None and asked_at >= inode.changed_at:
+        if inode.opened is not None and news:
             inode.opened.state.refresh(entry)
         return inode
 

@@ -48,6 +48,8 @@ class Files:
             entry = await core.remote.open(ino, writing=level)
             inode = core.learn(entry, asked_at)
             file = self._register(inode, entry, level)
+            # Somebody changed it while the question was open: the answer may be from before.
+            file.stale = asked_at < inode.doubted_at
         keep_cache = inode.kernel_version == entry.attributes.data_version
         inode.kernel_version = entry.attributes.data_version
         if inode.shown_size not in (-1, file.state.size):
@@ -85,7 +87,6 @@ class Files:
         file = self._core.files.add(inode, lambda: FileState(entry))
         self._core.files.pin(file)
         file.writing = file.writing or writing
-        file.stale = False
         return file
 
     def _hand_out(self, file: OpenFile, flags: int, keep_cache: bool) -> Opened:

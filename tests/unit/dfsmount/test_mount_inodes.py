@@ -57,7 +57,7 @@ def test_doubt_lasts_until_the_next_question(table: InodeTable, clock: Clock) ->
     clock.now = 100.2
     table.doubt(7)
     assert table.believed(7) is None
-    table.learn(with_(size=1), asked_at=100.1)
+    assert table.learn(with_(size=1), asked_at=100.1).attributes.size == 1
     assert table.believed(7) is None, "that was asked before the doubt"
     table.learn(with_(size=2), asked_at=100.2)
     assert table.believed(7) is not None

@@ -1,0 +1,359 @@
+"""Contents, handles, and coherence between mounts, over a real metaserver."""
+
+import os
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+from vfs_harness import ME, Plant, TestMount, code_of, open_plant
+
+from dfsmount import handles
+from dfsmount.vfs_core import VfsOptions
+from metaserver.errors import DfsError, ErrorCode
+
+RDONLY, RDWR = os.O_RDONLY, os.O_RDWR
+
+
+@pytest.fixture
+async def plant(tmp_path: Path) -> AsyncIterator[Plant]:
+    async with open_plant(tmp_path) as plant:
+        yield plant
+
+
+@pytest.fixture
+async def a(plant: Plant) -> AsyncIterator[TestMount]:
+    async with plant.mount() as mount:
+        yield mount
+
+
+@pytest.fixture
+async def b(plant: Plant) -> AsyncIterator[TestMount]:
+    async with plant.mount() as mount:
+        yield mount
+
+
+def openers(plant: Plant, ino: int) -> dict[int, bool]:
+    """Which sessions the metaserver believes to have it open, and whether for writing."""
+    return {session.id: session.opened[ino] for session in plant.parts.sessions.by_id.values() if ino in session.opened}
+
+
+async def eventually(condition: object) -> None:
+    with trio.fail_after(5):
+        while not condition():  # type: ignore[operator]
+            await trio.sleep(0.01)
+
+
+# -- registration --------------------------------------------------------------------------------------------------
+
+
+async def test_open_registers_and_close_deregisters_lazily(plant: Plant, a: TestMount) -> None:
+    ino, handle = await a.create(b"f")
+    assert openers(plant, ino) == {a.meta.session: True}
+    await a.close(handle)
+    assert openers(plant, ino), "not at once"
+    await eventually(lambda: not openers(plant, ino))
+    assert a.core.files.get(ino) is None
+    assert a.core.files.made == {}
+
+
+async def test_from_reading_to_writing(plant: Plant, a: TestMount) -> None:
+    shown = await a.names.make(a.root, b"f", stat.S_IFREG | 0o600, ME)
+    reading = await a.files.open(shown.ino, RDONLY)
+    assert openers(plant, shown.ino) == {a.meta.session: False}
+    writing = await a.files.open(shown.ino, RDWR)
+    assert openers(plant, shown.ino) == {a.meta.session: True}
+    await a.close(writing.number)
+    again = await a.files.open(shown.ino, RDONLY)
+    assert openers(plant, shown.ino) == {a.meta.session: True}, "dirty data may still be there"
+    for opened in (reading, again):
+        await a.close(opened.number)
+
+
+async def test_nothing_dirty_is_deregistered(plant: Plant, a: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"data")
+    await a.close(handle)
+    await trio.sleep(2 * handles.CLOSE_SECONDS)
+    assert openers(plant, ino)
+    state = a.core.files.get(ino)
+    assert state is not None
+    await a.writer.flush(state.state)
+    await eventually(lambda: not openers(plant, ino))
+
+
+async def test_many_closes_go_out_at_once(plant: Plant, a: TestMount, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handles, "CLOSE_SECONDS", 3600.0)
+    monkeypatch.setattr(handles, "CLOSE_BATCH", 10)
+    await trio.sleep(0.6)
+    opened = [await a.create(b"%d" % number) for number in range(10)]
+    for _, handle in opened:
+        await a.close(handle)
+    await eventually(lambda: not any(openers(plant, ino) for ino, _ in opened))
+
+
+async def test_opening_again_while_the_close_is_on_its_way(plant: Plant, a: TestMount) -> None:
+    ino, handle = await a.create(b"f")
+    await a.close(handle)
+    inos = a.core.files.take_idle()
+    assert inos == [ino]
+    async with trio.open_nursery() as nursery:
+        opened: list[int] = []
+
+        async def reopen() -> None:
+            opened.append((await a.files.open(ino, RDWR)).number)
+
+        nursery.start_soon(reopen)
+        await trio.sleep(0.05)
+        assert not opened, "an OPEN must not overtake the CLOSE"
+        await a.core.remote.close(inos)
+        a.core.files.closed(inos)
+    assert openers(plant, ino)
+    await a.close(opened[0])
+
+
+async def test_closing_while_an_open_is_on_its_way(plant: Plant, a: TestMount) -> None:
+    ino, handle = await a.create(b"f")
+    async with a.core.files.opening(ino):
+        await a.close(handle)
+        assert a.core.files.take_idle() == []
+    assert a.core.files.take_idle() == [ino]
+    a.core.files.closed([ino])
+
+
+async def test_unknown_handles_are_refused(a: TestMount) -> None:
+    for function in (a.files.flush, a.files.fsync):
+        with pytest.raises(DfsError) as caught:
+            await function(99)
+        assert code_of(caught.value) is ErrorCode.INVALID
+    a.files.release(99)
+
+
+# -- open flags ----------------------------------------------------------------------------------------------------
+
+
+async def test_o_trunc(a: TestMount, b: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"0123456789")
+    opened = await a.files.open(ino, RDWR | os.O_TRUNC)
+    assert (await a.vfs.get_attributes(ino)).size == 0
+    assert await a.files.read(handle, 0, 10) == b""
+    assert (await b.stat(b"f")).size == 0
+    for number in (handle, opened.number):
+        await a.close(number)
+
+
+async def test_o_sync_writes_are_durable_when_they_return(a: TestMount) -> None:
+    for flag in (os.O_SYNC, os.O_DSYNC):
+        ino, handle = await a.create(b"f%d" % flag, flags=RDWR | flag)
+        await a.files.write(handle, 0, b"data")
+        assert a.writer.flushed.pop() == ino
+        assert a.writer.dirty_bytes == 0
+        assert a.meta.durable == a.meta.seen
+        await a.close(handle)
+
+
+async def test_fsync_is_durable_and_close_does_not_wait(a: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"data")
+    await a.files.fsync(handle)
+    assert a.meta.durable == a.meta.seen
+    await a.files.write(handle, 4, b"more")
+    a.writer.flushed.clear()
+    await a.close(handle)
+    assert a.writer.soon == [ino]
+    assert a.writer.flushed == []
+    await a.vfs.sync_names()
+    assert a.meta.durable == a.meta.seen
+
+
+async def test_sync_close_waits(plant: Plant) -> None:
+    async with plant.mount(VfsOptions(sync_close=True)) as mount:
+        ino, handle = await mount.create(b"f", b"data")
+        await mount.files.flush(handle)
+        assert mount.writer.flushed == [ino]
+
+
+async def test_o_direct_and_page_cache(a: TestMount, b: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"data")
+    await a.files.fsync(handle)
+    await a.close(handle)
+    assert not (await a.files.open(ino, RDONLY)).keep_cache, "own commits have moved the version"
+    assert (await a.files.open(ino, RDONLY)).keep_cache
+    assert (await a.files.open(ino, RDONLY | os.O_DIRECT)).direct
+    await b.stat(b"f")
+    opened = await b.files.open(ino, RDWR)
+    await b.files.write(opened.number, 0, b"DATA")
+    assert not (await a.files.open(ino, RDONLY)).keep_cache
+
+
+async def test_creating_what_another_mount_has_just_created(a: TestMount, b: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"data")
+    opened, shown = await b.files.create(b.root, b"f", 0o100600, RDWR, ME)
+    assert (shown.ino, shown.size) == (ino, 4)
+    opened, shown = await b.files.create(b.root, b"f", 0o100600, RDWR | os.O_TRUNC, ME)
+    assert shown.size == 0
+    with pytest.raises(DfsError) as caught:
+        await b.files.create(b.root, b"f", 0o100600, RDWR | os.O_EXCL, ME)
+    assert code_of(caught.value) is ErrorCode.EXISTS
+    inode = b.core.inodes.get(ino)
+    assert inode is not None
+    assert inode.lookups == 2
+
+
+# -- errors of written data ----------------------------------------------------------------------------------------
+
+
+async def test_each_handle_hears_of_a_loss_once(a: TestMount) -> None:
+    ino, one = await a.create(b"f", b"data")
+    two = (await a.files.open(ino, RDWR)).number
+    a.writer.broken = DfsError(ErrorCode.NO_SPACE)
+    await a.core.flush(ino)
+    a.writer.broken = None
+    for handle in (one, two):
+        with pytest.raises(DfsError) as caught:
+            await a.files.flush(handle)
+        assert code_of(caught.value) is ErrorCode.NO_SPACE
+        await a.files.flush(handle)
+    three = (await a.files.open(ino, RDWR)).number
+    await a.files.fsync(three)
+
+
+async def test_fsync_and_write_tell_of_a_loss(a: TestMount) -> None:
+    _, handle = await a.create(b"f", b"data")
+    a.writer.broken = DfsError(ErrorCode.IO)
+    with pytest.raises(DfsError):
+        await a.files.fsync(handle)
+    await a.files.write(handle, 0, b"x")
+    await a.core.writer.flush(a.core.handles.file(handle).file.state)
+    with pytest.raises(DfsError):
+        await a.files.write(handle, 1, b"y")
+    a.writer.broken = None
+    await a.files.write(handle, 1, b"y")
+    await a.files.fsync(handle)
+
+
+# -- open but unlinked ---------------------------------------------------------------------------------------------
+
+
+async def test_an_unlinked_file_lives_until_it_is_closed(plant: Plant, a: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"data")
+    await a.names.unlink(a.root, b"f", directory=False)
+    assert await a.files.read(handle, 0, 10) == b"data"
+    await a.files.write(handle, 4, b"more")
+    shown = await a.vfs.get_attributes(ino)
+    assert (shown.nlink, shown.size) == (0, 8)
+    await a.close(handle)
+    assert a.writer.soon == []
+    assert a.writer.flushed == []
+    assert a.writer.dirty_bytes == 0, "nobody will ever read it"
+    await eventually(lambda: not openers(plant, ino))
+    with pytest.raises(DfsError) as caught:
+        await a.core.remote.get_attributes(ino)
+    assert code_of(caught.value) is ErrorCode.STALE_INODE
+
+
+async def test_another_mount_keeps_it_alive(plant: Plant, a: TestMount, b: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"data")
+    await b.stat(b"f")
+    opened = await b.files.open(ino, RDONLY)
+    await a.names.unlink(a.root, b"f", directory=False)
+    await a.close(handle)
+    await eventually(lambda: a.meta.session not in openers(plant, ino))
+    assert len(await b.files.read(opened.number, 0, 10)) == 4
+
+
+async def test_dirty_data_of_a_closed_file_goes_with_its_last_name(a: TestMount) -> None:
+    _, handle = await a.create(b"f", b"data")
+    await a.close(handle)
+    assert a.writer.dirty_bytes
+    await a.names.unlink(a.root, b"f", directory=False)
+    assert a.writer.dirty_bytes == 0
+
+
+# -- what two mounts see -------------------------------------------------------------------------------------------
+
+
+async def test_what_was_closed_is_seen_by_others_at_once(a: TestMount, b: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"data")
+    await a.close(handle)
+    assert (await b.stat(b"f")).size == 4
+    await a.files.open(ino, RDWR)
+    number = (await a.files.open(ino, RDWR)).number
+    await a.files.write(number, 4, b"more")
+    opened = await b.files.open(ino, RDONLY)
+    assert len(await b.files.read(opened.number, 0, 100)) == 8
+
+
+async def test_a_flush_that_fails_does_not_stop_the_other_mount(a: TestMount, b: TestMount) -> None:
+    _, handle = await a.create(b"f", b"data")
+    a.writer.broken = DfsError(ErrorCode.IO)
+    assert (await b.stat(b"f")).size == 0
+    with pytest.raises(DfsError):
+        await a.files.flush(handle)
+
+
+async def test_others_changes_reach_an_open_file(a: TestMount, b: TestMount) -> None:
+    ino, handle = await a.create(b"f")
+    await a.stat(b"f")
+    await b.stat(b"f")
+    opened = await b.files.open(ino, RDWR)
+    await b.files.write(opened.number, 0, b"data")
+    await b.files.fsync(opened.number)
+    await eventually(lambda: a.kernel.contents == [ino])
+    assert a.vfs.known_attributes(ino) is None
+    assert len(await a.files.read(handle, 0, 100)) == 4
+
+
+async def test_the_kernel_is_told_of_a_size_it_does_not_expect(a: TestMount, b: TestMount) -> None:
+    """An append goes where the kernel believes the end to be."""
+    ino, handle = await a.create(b"f", b"data")
+    await a.close(handle)
+    await b.stat(b"f")
+    opened = await b.files.open(ino, RDWR)
+    assert b.kernel.attributes == []
+    number = (await a.files.open(ino, RDWR)).number
+    await a.files.write(number, 4, b"more")
+    await b.files.open(ino, RDWR | os.O_APPEND)
+    assert b.kernel.attributes == [ino]
+    await b.close(opened.number)
+
+
+# -- lost connections and sessions ---------------------------------------------------------------------------------
+
+
+async def test_a_lost_connection_is_not_noticed(plant: Plant, a: TestMount, b: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"data")
+    plant.cut()
+    await a.files.fsync(handle)
+    assert (await b.stat(b"f")).size == 4
+    assert openers(plant, ino) == {a.meta.session: True}
+    assert a.core.handles.file(handle).file.stale, "pushes may have been lost"
+    await a.files.read(handle, 0, 10)
+    assert not a.core.handles.file(handle).file.stale
+
+
+async def test_an_evicted_mount_goes_on_in_a_new_session(plant: Plant, a: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"data")
+    await a.files.fsync(handle)
+    await a.files.write(handle, 0, b"lost")
+    old = a.meta.session
+    state = plant.parts.sessions.by_id[old]
+    await plant.parts.resuming.end(state, "test")
+    plant.cut()
+    await a.stat(b"f")
+    assert a.meta.session != old
+    assert a.writer.abandoned is not None
+    await eventually(lambda: openers(plant, ino) == {a.meta.session: True})
+    with pytest.raises(DfsError):
+        await a.files.fsync(handle)
+    await a.files.write(handle, 0, b"kept")
+    await a.files.fsync(handle)
+
+
+async def test_finish_writes_everything_and_closes_everything(plant: Plant, a: TestMount) -> None:
+    files = [await a.create(b"%d" % number, b"data") for number in range(5)]
+    for _, handle in files[1:]:
+        await a.close(handle)
+    await a.vfs.finish()
+    assert a.writer.dirty_bytes == 0
+    assert a.meta.durable == a.meta.seen
+    assert [ino for ino, _ in files if openers(plant, ino)] == [files[0][0]]
