@@ -30,8 +30,22 @@ def test_sources(text: str, source: Source) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", ":9400", "/path", "host:0", "host:65536", "host:x", "host:-1", "host:9 00", "::1", "[::1", "[::1]9400", "host/../x"]
-    + ["host:\u0664", "a b:1"],
+    [
+        "",
+        ":9400",
+        "/path",
+        "host:0",
+        "host:65536",
+        "host:x",
+        "host:-1",
+        "host:9 00",
+        "::1",
+        "[::1",
+        "[::1]9400",
+        "host/../x",
+        "host:\u0664",
+        "a b:1",
+    ],  # fmt: skip
 )
 def test_sources_that_make_no_sense(text: str) -> None:
     with pytest.raises(UsageError) as caught:

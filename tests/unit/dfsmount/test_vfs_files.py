@@ -41,7 +41,7 @@ def openers(plant: Plant, ino: int) -> dict[int, bool]:
 
 async def eventually(condition: object) -> None:
     with trio.fail_after(5):
-        while not condition():  # type: ignore[operator]
+        while not condition():  # type: ignore[operator]  # noqa: ASYNC110
             await trio.sleep(0.01)
 
 
@@ -186,10 +186,10 @@ async def test_o_direct_and_page_cache(a: TestMount, b: TestMount) -> None:
 
 
 async def test_creating_what_another_mount_has_just_created(a: TestMount, b: TestMount) -> None:
-    ino, handle = await a.create(b"f", b"data")
-    opened, shown = await b.files.create(b.root, b"f", 0o100600, RDWR, ME)
+    ino, _ = await a.create(b"f", b"data")
+    _, shown = await b.files.create(b.root, b"f", 0o100600, RDWR, ME)
     assert (shown.ino, shown.size) == (ino, 4)
-    opened, shown = await b.files.create(b.root, b"f", 0o100600, RDWR | os.O_TRUNC, ME)
+    _, shown = await b.files.create(b.root, b"f", 0o100600, RDWR | os.O_TRUNC, ME)
     assert shown.size == 0
     with pytest.raises(DfsError) as caught:
         await b.files.create(b.root, b"f", 0o100600, RDWR | os.O_EXCL, ME)

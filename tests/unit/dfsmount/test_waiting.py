@@ -41,7 +41,9 @@ async def test_what_waits_too_long_is_given_up(waiting: Waiting, nursery: trio.N
     assert len(waiting) == 0
 
 
-async def test_a_long_wait_is_logged_once_with_its_place(waiting: Waiting, nursery: trio.Nursery, autojump_clock: object) -> None:
+async def test_a_long_wait_is_logged_once_with_its_place(
+    waiting: Waiting, nursery: trio.Nursery, autojump_clock: object
+) -> None:
     with capture_logs() as logs:
         nursery.start_soon(waiting.watch)
         nursery.start_soon(stuck, waiting, [], 12)
