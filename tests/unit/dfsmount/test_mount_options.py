@@ -45,7 +45,7 @@ def test_sources(text: str, source: Source) -> None:
         "host/../x",
         "host:\u0664",
         "a b:1",
-    ],  # fmt: skip
+    ],
 )
 def test_sources_that_make_no_sense(text: str) -> None:
     with pytest.raises(UsageError) as caught:
