@@ -33,6 +33,10 @@ class LogFull(Exception):
     """There is no space for the record: it was not written, nothing has changed."""
 
 
+def segment_name(segment: int) -> str:
+    return f"{segment:016x}{SUFFIX}"
+
+
 class KeptSegment:
     """A segment on disk. ``first`` is the number of its first record, 0 if it has none."""
 
@@ -151,6 +155,8 @@ class Changelog:
         self._last_id = kept[-1].header.segment if kept else 0
         self._current = self._create()
         self.kept.append(self._current)
+        # Bytes of records since the newest snapshot file, which takes its share away.
+        self.appended = 0
         # Made ahead; None while it is being made, or if the disk is full.
         self._next: OpenSegment | None = None
         # Written to since the last sync that covered them; the current one is the last.
@@ -158,7 +164,7 @@ class Changelog:
 
     def _create(self) -> OpenSegment:
         header = SegmentHeader(self._last_id + 1, self._epoch, self._previous)
-        path = self._directory / f"{header.segment:016x}{SUFFIX}"
+        path = self._directory / segment_name(header.segment)
         descriptor = self._files.create(path, header.pack(), self._segment_bytes)
         self._last_id += 1
         return OpenSegment(path, header, descriptor, self._segment_bytes)
@@ -167,10 +173,6 @@ class Changelog:
     def prepared(self) -> bool:
         """Whether the next segment is there."""
         return self._next is not None
-
-    @property
-    def kept_bytes(self) -> int:
-        return len(self.kept) * self._segment_bytes
 
     def prepare(self) -> None:
         """Makes the next segment; raises :class:`LogFull`, or ``OSError`` when the disk fails. In a worker thread, one
@@ -193,6 +195,7 @@ class Changelog:
             record = encode_record(segment.seed, self._epoch, number, durable, session, operation, time_ns, rows)
         self._files.append(segment.descriptor, record, segment.end)
         segment.end += len(record)
+        self.appended += len(record)
         if not segment.first:
             segment.first = number
         if not self._unsynced or self._unsynced[-1] is not segment:

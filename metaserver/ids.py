@@ -49,6 +49,7 @@ class Ids:
     def __init__(self, first: dict[IdKind, int]) -> None:
         """``first`` of each kind begins a range that is durable."""
         self._ranges = {kind: _Range(number, number + RANGES[kind]) for kind, number in first.items()}
+        self._first = first
         self.wanting: set[IdKind] = set()
 
     def next_limit(self, kind: IdKind) -> int:
@@ -72,6 +73,10 @@ class Ids:
             if 0 < ids.reserved_by <= number:
                 ids.limit = ids.reserved
                 ids.reserved_by = 0
+
+    def first(self, kind: IdKind) -> int:
+        """Ids of earlier epochs are below it."""
+        return self._first[kind]
 
     def limit(self, kind: IdKind) -> int:
         """Every id in use is below it, durably."""

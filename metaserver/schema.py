@@ -20,9 +20,9 @@ LISTING    parent u64, cookie u64         :class:`Listed`: ino, type, name: the 
 SYMLINKS   ino u64                        target, 1 to 4,095 bytes; the inode's size is its length.
 XATTRS     ino u64, name                  value, 0 to 64 KiB.
 EXTENTS    ino u64, file offset u64       :class:`ExtentRow`: length u64, chunk u64, chunk offset u32. No two of one
-                                          inode overlap; none passes its size; neighbours that continue each other in
-                                          file and chunk are one row; the chunk exists, is not DEAD, and the range
-                                          lies within its length.
+                                          inode overlap; none passes its size, unless a TRUNCATE task will cut it;
+                                          neighbours that continue each other in file and chunk are one row; the chunk
+                                          exists, is not DEAD, and the range lies within its length.
 BY_CHUNK   chunk u64, chunk offset u32,   length u64: exactly one row per EXTENTS row.
            ino u64, file offset u64
 CHUNKS     chunk u64                      :class:`Chunk`. length, entries and chain are what is committed (OPEN) or
@@ -32,13 +32,15 @@ CHUNKS     chunk u64                      :class:`Chunk`. length, entries and ch
                                           row.
 REPLICAS   chunk u64, server u32          :class:`Replica`: state (``protocol.ReplicaState``), fragment 0, length,
                                           entries and chain as last reported or committed.
+                                          The server has a SERVERS row.
 BY_SERVER  server u32, chunk u64          empty: one row per REPLICAS row.
 SERVERS    server u32                     :class:`Server`, msgpack.
 SESSIONS   session u64                    :class:`Session`, msgpack.
 ANSWERS    session u64, operation u64     :class:`StoredAnswer`, msgpack: the answer to a change until it is
                                           acknowledged; operation > the session's ``acknowledged``; the session exists.
 ORPHANS    ino u64, session u64           empty: this session has it open although it has no name left.
-TASKS      task u64                       :class:`Task`, msgpack: work that continues in steps.
+TASKS      task u64                       :class:`Task`, msgpack: work that continues in steps. The inode to remove, or
+                                          the session to end, exists.
 COUNTERS   name                           u64 unless said otherwise. ``limit/KIND``: end of the durable id range (every
                                           id in use is below it). ``epoch``, ``number``, ``time_ns``: the newest change
                                           this store contains. ``boot``: :class:`Boot`, how that epoch began and

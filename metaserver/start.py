@@ -60,7 +60,10 @@ class Options(msgspec.Struct, frozen=True):
     checkpoint_changes: int = 20_000
     snapshot_seconds: float = 3600.0
     # A snapshot is also made when so much log is kept, so that neither the disk nor a recovery is overwhelmed.
-    snapshot_log_bytes: int = 1 << 30
+    snapshot_log_bytes: int = 256 << 20
+    # All rows are read again and compared so often, in slices of a millisecond with pauses between.
+    verify_seconds: float = 24 * 3600.0
+    verify_pause_seconds: float = 0.05
     segment_bytes: int = SEGMENT_BYTES
     map_bytes: int = MAP_BYTES
     # How often a full disk is tried again.

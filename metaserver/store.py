@@ -31,6 +31,8 @@ MAP_BYTES = 1 << 30
 # The store's own reads, a background walk, a check, a snapshot copy, and one to spare.
 MAX_READERS = 8
 CHECKSUM_BYTES = 4
+# Rows verified between two chances to do something else.
+VERIFY_ROWS = 500
 # crc32c of any bytes followed by their own little-endian crc32c.
 _RESIDUE = 0x48674BC7
 _CRC = struct.Struct("<I")
@@ -169,6 +171,30 @@ class Reader:
         except lmdb.Error as error:
             raise self._unreadable(error) from error
 
+    def verify(self) -> Iterator[int]:
+        """Reads every row and compares all of them with TOTALS; raises :class:`CorruptStore`. Yields the number of rows
+        so far about once a millisecond."""
+        totals = {table: Total(0, 0) for table in Table}
+        count = 0
+        try:
+            with self._transaction.cursor() as cursor:
+                for key, data in cursor.iternext():
+                    self._verified(key, data)
+                    if not Table.INODES <= key[0] <= Table.TOTALS:
+                        raise self.damaged(f"the row {key.hex()} belongs to no table")
+                    total = totals[key[0]]  # type: ignore[index]
+                    total.count += 1
+                    total.checksums ^= int.from_bytes(data[-CHECKSUM_BYTES:], "little")
+                    count += 1
+                    if count % VERIFY_ROWS == 0:
+                        yield count
+        except lmdb.Error as error:
+            raise self._unreadable(error) from error
+        for table, total in read_totals(self).items():
+            if total != totals[table]:
+                raise self.damaged(f"{table.name} does not have the rows it should have")
+        yield count
+
     def entries(self) -> int:
         """How many rows the tree itself says it has, TOTALS included."""
         count: int = self._transaction.stat()["entries"]
@@ -252,6 +278,19 @@ class Store(Reader):
             store.close()
             raise
         return store
+
+    @classmethod
+    def open_readonly(cls, path: Path) -> "Store":
+        """Opens a store that nobody writes meanwhile, such as a snapshot file, changing nothing on disk; raises
+        :class:`CorruptStore` or ``OSError``."""
+        map_bytes = check_file(path)
+        try:
+            environment = lmdb.open(
+                str(path), subdir=False, map_size=map_bytes, readonly=True, lock=False, readahead=False, create=False
+            )
+        except lmdb.Error as error:
+            raise CorruptStore(f"{path} cannot be opened ({error})") from error
+        return cls(path, environment)
 
     def check_entries(self) -> None:
         """Compares the row counts of TOTALS with that of the tree; raises :class:`CorruptStore`."""

@@ -61,7 +61,38 @@ class Layers:
         return merge_back(self.overlay.scan_back(start, stop), rows)
 
 
-class ReadTransaction:
+class _ReadOnly:
+    __slots__ = ()
+
+    def put(self, table: Table, key: bytes, value: bytes) -> None:
+        raise DfsError(ErrorCode.INTERNAL, f"a read tried to change {table.name}")
+
+    def delete(self, table: Table, key: bytes) -> None:
+        raise DfsError(ErrorCode.INTERNAL, f"a read tried to change {table.name}")
+
+    def allocate(self, kind: IdKind) -> int:
+        raise DfsError(ErrorCode.INTERNAL, f"a read tried to allocate an id for a {kind.name.lower()}")
+
+
+class ViewTransaction(_ReadOnly):
+    """A ``schema.Transaction`` over the store alone, which refuses to write: for what reads slowly."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def get(self, table: Table, key: bytes) -> bytes | None:
+        return self._reader.get(PREFIX[table] + key)
+
+    def scan(self, table: Table, start: bytes, stop: bytes) -> Iterator[tuple[bytes, bytes]]:
+        prefix = PREFIX[table]
+        return ((key[1:], value) for key, value in self._reader.scan(prefix + start, prefix + stop))
+
+    def scan_back(self, table: Table, start: bytes, stop: bytes) -> Iterator[tuple[bytes, bytes]]:
+        prefix = PREFIX[table]
+        return ((key[1:], value) for key, value in self._reader.scan_back(prefix + start, prefix + stop))
+
+
+class ReadTransaction(_ReadOnly):
     """A ``schema.Transaction`` that refuses to write. ``wait_for`` is the newest change of another session it depends
     on that is not durable yet, 0 if none."""
 
@@ -84,15 +115,6 @@ class ReadTransaction:
     def scan_back(self, table: Table, start: bytes, stop: bytes) -> Iterator[tuple[bytes, bytes]]:
         prefix = PREFIX[table]
         return self._visible(self._scan_back(prefix + start, prefix + stop))
-
-    def put(self, table: Table, key: bytes, value: bytes) -> None:
-        raise DfsError(ErrorCode.INTERNAL, f"a read tried to change {table.name}")
-
-    def delete(self, table: Table, key: bytes) -> None:
-        raise DfsError(ErrorCode.INTERNAL, f"a read tried to change {table.name}")
-
-    def allocate(self, kind: IdKind) -> int:
-        raise DfsError(ErrorCode.INTERNAL, f"a read tried to allocate an id for a {kind.name.lower()}")
 
     def _get(self, key: bytes) -> bytes | None:
         value: bytes | None = self._overlay(key, _ABSENT)

@@ -1,77 +1,100 @@
-"""What happens by itself: the lived clock, silent servers and sessions, tasks, repair. Nothing of it in the reconnect
-window, and nothing at all but the clock while this metaserver knows itself to be rolled back."""
+"""What keeps the state well over days: snapshot files, and reading everything again before it is needed."""
 
+import structlog
 import trio
 
-from metaserver.changes import Changes
-from metaserver.clock import LivedClock
-from metaserver.config import Config
-from metaserver.members import Members
-from metaserver.protocol import ServerState
-from metaserver.repair import Repair
-from metaserver.resume import Resuming
-from metaserver.sessions import Sessions
-from metaserver.tasks import Tasks
+from metaserver.check import MAX_PROBLEMS, check_steps
+from metaserver.engine import Engine
+from metaserver.files import is_full
+from metaserver.protocol import CheckReport, Problem
+from metaserver.snapshot import Snapshot, kept_from, make_snapshot
+from metaserver.start import SNAPSHOTS_NAME
+from metaserver.store import CorruptStore, StoreFull, View, ViewExpired
+from metaserver.transaction import ViewTransaction
 
-# Twice in a heartbeat's time, so that DOWN comes in time.
-TICKS_PER_HEARTBEAT = 2
-REPAIR_SECONDS = 1.0
+log = structlog.get_logger()
 
 
-class Upkeep:
-    def __init__(
-        self,
-        config: Config,
-        clock: LivedClock,
-        sessions: Sessions,
-        members: Members,
-        changes: Changes,
-        resuming: Resuming,
-        tasks: Tasks,
-        repair: Repair,
-    ) -> None:
-        self._config = config
-        self._clock = clock
-        self._sessions = sessions
-        self._members = members
-        self._changes = changes
-        self._resuming = resuming
-        self._tasks = tasks
-        self._repair = repair
+async def snapshot(engine: Engine) -> Snapshot:
+    """Makes a snapshot file of everything up to now; the log that it makes superfluous is deleted. Raises
+    ``StoreFull`` or :class:`EngineFailed`."""
+    await engine.checkpoint()
+    directory = engine.directory / SNAPSHOTS_NAME
+    appended = engine.log.appended
+    async with engine.map_lock:
+        try:
+            made: Snapshot = await engine.run_sync(make_snapshot, engine.store, directory, engine.files)
+        except (CorruptStore, OSError) as error:
+            if isinstance(error, OSError) and is_full(error):
+                raise StoreFull from error
+            raise engine.fail(error) from error
+    engine.log.appended -= appended
+    position = kept_from(directory)
+    if position is not None:
+        engine.log.drop(position)
+    return made
 
-    async def run(self) -> None:
-        """Until cancelled."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._tick)
-            await self._resuming.keep_window()
-            nursery.start_soon(self._tasks.run)
-            nursery.start_soon(self._end_overdue)
-            nursery.start_soon(self._keep_repairing)
 
-    async def _tick(self) -> None:
-        while True:
-            self.tick(trio.current_time())
-            await trio.sleep(self._config.heartbeat_seconds / TICKS_PER_HEARTBEAT)
+async def check(engine: Engine) -> CheckReport:
+    """Checks every invariant of a consistent state while requests go on. Starts again if the store has to grow."""
+    began = trio.current_time()
+    while True:
+        try:
+            with await engine.view() as view:
+                problems = await _check_view(engine, view)
+                return CheckReport(view.entries(), problems, trio.current_time() - began)
+        except ViewExpired:
+            continue
 
-    def tick(self, now: float) -> None:
-        """Time has passed, as far as this process lived through it."""
-        self._clock.tick(now)
-        for member in self._members.age(self._clock.seconds):
-            if member.state is ServerState.LOST:
-                self._repair.lost(member.server)
 
-    async def _end_overdue(self) -> None:
-        while True:
-            await trio.sleep(self._config.heartbeat_seconds)
-            if self._changes.refusing:
-                continue
-            for session in self._resuming.overdue():
-                await self._resuming.end(session, "silent for too long")
-                if session.connection is not None:
-                    session.connection.close("the session was silent for too long and has ended")
+async def _check_view(engine: Engine, view: View) -> list[Problem]:
+    problems: list[Problem] = []
+    try:
+        for problem in check_steps(ViewTransaction(view)):
+            if problem is None:
+                await trio.lowlevel.checkpoint()
+            elif len(problems) < MAX_PROBLEMS:
+                problems.append(problem)
+        for _ in view.verify():
+            await trio.lowlevel.checkpoint()
+    except CorruptStore as error:
+        raise engine.fail(error) from error
+    return problems
 
-    async def _keep_repairing(self) -> None:
-        while True:
-            await trio.sleep(REPAIR_SECONDS)
-            if not self._changes.refusing:
-                await self._repair.tick(unknown_may_go=not self._sessions.missing)
+
+async def verify(engine: Engine) -> int:
+    """Reads every row of the store slowly and compares all with TOTALS: the number of rows. Raises
+    :class:`EngineFailed` if the store is damaged."""
+    while True:
+        count = 0
+        try:
+            with engine.store.view() as view:
+                for rows in view.verify():
+                    count = rows
+                    await trio.sleep(engine.options.verify_pause_seconds)
+            return count
+        except ViewExpired:
+            continue
+        except CorruptStore as error:
+            raise engine.fail(error) from error
+
+
+async def keep_snapshots(engine: Engine) -> None:
+    last = trio.current_time()
+    while True:
+        await trio.sleep(engine.options.checkpoint_seconds)
+        appended = engine.log.appended
+        overdue = trio.current_time() - last >= engine.options.snapshot_seconds and appended
+        if overdue or appended >= engine.options.snapshot_log_bytes:
+            last = trio.current_time()
+            try:
+                await snapshot(engine)
+            except StoreFull:
+                log.error("no space for a snapshot file")
+
+
+async def keep_verified(engine: Engine) -> None:
+    while True:
+        await trio.sleep(engine.options.verify_seconds)
+        count = await verify(engine)
+        log.info("store verified", rows=count)

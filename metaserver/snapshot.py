@@ -1,0 +1,78 @@
+"""Snapshot files: verified, compacted copies of the store, from which it can be rebuilt. Blocking; in a worker thread.
+
+``snapshots/<epoch>-<number>.mdb`` (16 hexadecimal digits each) contains every change up to that one. The two newest are
+kept, and the changelog from the older one of them on: either of them, with the log after it, is the whole state.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from metaserver.files import Files, sync_file
+from metaserver.logrecord import Position
+from metaserver.start import stored_position
+from metaserver.store import Store
+
+SUFFIX = ".mdb"
+KEPT_SNAPSHOTS = 2
+
+
+class Snapshot(NamedTuple):
+    path: Path
+    position: Position
+
+
+def list_snapshots(directory: Path) -> list[Snapshot]:
+    """What is there, the newest first; what does not have the name of a snapshot is not ours."""
+    found = []
+    for path in directory.glob("*" + SUFFIX):
+        epoch, _, number = path.stem.partition("-")
+        try:
+            found.append(Snapshot(path, Position(int(epoch, 16), int(number, 16))))
+        except ValueError:
+            continue
+    return sorted(found, key=lambda snapshot: snapshot.position, reverse=True)
+
+
+def verify_snapshot(path: Path) -> Position:
+    """Reads all of it; returns the newest change it contains. Raises ``CorruptStore`` or ``OSError``."""
+    store = Store.open_readonly(path)
+    try:
+        for _ in store.verify():
+            pass
+        return stored_position(store)
+    finally:
+        store.close()
+
+
+def make_snapshot(store: Store, directory: Path, files: Files) -> Snapshot:
+    """Copies the newest checkpoint, verifies the copy, and puts it in place durably; deletes those no longer kept.
+
+    The store's map must not grow meanwhile. Raises ``StoreFull``, ``CorruptStore`` if the *store* is damaged, or
+    ``OSError``; then nothing has changed.
+    """
+    temporary = directory / "new"
+    temporary.unlink(missing_ok=True)
+    try:
+        files.step("snapshot:before-copy")
+        store.copy(temporary)
+        temporary.chmod(0o600)
+        files.step("snapshot:before-sync")
+        sync_file(temporary)
+        position = verify_snapshot(temporary)
+        path = directory / f"{position.epoch:016x}-{position.number:016x}{SUFFIX}"
+        files.step("snapshot:before-rename")
+        temporary.rename(path)
+        files.sync_directory(directory)
+        files.step("snapshot:after-rename")
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    for old in list_snapshots(directory)[KEPT_SNAPSHOTS:]:
+        files.delete(old.path)
+    return Snapshot(path, position)
+
+
+def kept_from(directory: Path) -> Position | None:
+    """Up to where the changelog is no longer needed; None: all of it is."""
+    snapshots = list_snapshots(directory)
+    return snapshots[KEPT_SNAPSHOTS - 1].position if len(snapshots) >= KEPT_SNAPSHOTS else None
