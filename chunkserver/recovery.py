@@ -1,5 +1,6 @@
 """What a start finds on disk: every chunk file, how far it is, and whether it can be trusted. Blocking."""
 
+import struct
 from collections.abc import Iterator
 from uuid import UUID
 
@@ -18,6 +19,10 @@ log = structlog.get_logger(__name__)
 
 FAILED_SUFFIX = ".failed"
 COPYING_SUFFIX = ".copying"
+# Of an entry: stored and logical offset, stored and logical length, chain. Decoding all of it takes four times as long,
+# and a full index has 32,704.
+_WALKED = struct.Struct("<IIII44xI")
+assert _WALKED.size == ENTRY_BYTES
 INDEX_BYTES = chunkfile.MAX_ENTRIES * ENTRY_BYTES
 
 
@@ -25,21 +30,19 @@ def walk(data: bytes, chain: int, stored_available: int) -> int:
     """The number of entries, from the first on, that continue ``chain`` and whose bytes lie within
     ``stored_available``. Whatever follows an entry that does not is left over from an unfinished write."""
     stored = logical = 0
-    count = len(data) // ENTRY_BYTES
     view = memoryview(data)
-    for number in range(count):
+    for number, (stored_offset, logical_offset, stored_length, logical_length, found) in enumerate(
+        _WALKED.iter_unpack(view[: len(view) // ENTRY_BYTES * ENTRY_BYTES])
+    ):
         at = number * ENTRY_BYTES
-        entry = chunkfile.decode_entry(view, at)
-        if crc32c(view[at : at + ENTRY_BYTES - 4], chain) != entry.chain:
+        chain = crc32c(view[at : at + ENTRY_BYTES - 4], chain)
+        if chain != found or stored_offset != stored or logical_offset != logical or not stored_length:
             return number
-        if entry.stored_offset != stored or entry.logical_offset != logical or not entry.stored_length:
-            return number
-        stored += entry.stored_length
-        logical += entry.logical_length
+        stored += stored_length
+        logical += logical_length
         if stored > stored_available:
             return number
-        chain = entry.chain
-    return count
+    return len(view) // ENTRY_BYTES
 
 
 def read_index(file: File, cluster: UUID, chunk: int, limit: int = chunkfile.MAX_ENTRIES) -> Index:

@@ -22,6 +22,7 @@ from chunkserver.identity import Identity, open_directory
 from chunkserver.node import Node
 from chunkserver.report import Reporter
 from metaserver import httpserver, transport
+from metaserver.connection import keep_large_buffers
 from metaserver.errors import ConnectionLost
 from metaserver.key import ClusterKey
 from metaserver.protocol import Order, Register, Registered, ReplicaReport
@@ -92,6 +93,7 @@ async def serve(
     """Runs until ``stop`` is set, then drains. Raises :class:`StartError`, ``DataDirectoryError``, and
     :class:`DfsError` if the metaserver is of another cluster; cancelling ends it at once."""
     raise_descriptor_limit()
+    keep_large_buffers()
     disk, identity = open_directory(config.data, config.name)
     try:
         listener = _listen(*split_address(config.listen, "listen"))

@@ -13,6 +13,7 @@ Order: frames of one connection are dispatched in the order they were sent, and 
 before the next frame is looked at. A handler that returns a coroutine goes on beside the others.
 """
 
+import ctypes
 import secrets
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -41,6 +42,8 @@ DIRECT_PAYLOAD_BYTES = 16 << 10
 BACKLOG_BYTES = 8 << 20
 # Requests in work per connection; beyond, nothing more is read from it.
 MAX_RUNNING = 512
+# Parameters of mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 MessageT = TypeVar("MessageT")
 ReplyT = TypeVar("ReplyT")
@@ -469,6 +472,20 @@ class Connection:
             self._send_failure(header.request_id, error)
         else:
             log.warning("push failed", method=header.method, peer=self.transport.name, error=str(error))
+
+
+def keep_large_buffers() -> None:
+    """Tells glibc, once at the start of a program, not to give payload buffers back to the kernel one by one.
+
+    By default each megabyte is mapped, faulted in page by page, and unmapped: receiving 1 MiB cost 0.85 ms of CPU with
+    that and 0.3 ms without, on either side. Up to 64 MiB of free memory stay with the process. Does nothing elsewhere.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, 16 << 20)
+    mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 # -- the handshake ---------------------------------------------------------------------------------------------
