@@ -20,11 +20,12 @@ from metaserver.engine import Engine, EngineFailed, RunSync
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.files import Files
 from metaserver.ids import IdsUsedUp
+from metaserver.overlay import row_key
 from metaserver.protocol import CheckReport
 from metaserver.schema import BOOT, IdKind, StoredAnswer, Table, Transaction, answer_key
 from metaserver.snapshot import Snapshot
 from metaserver.start import Options, read_boot_id, start
-from metaserver.store import CorruptStore, row_key
+from metaserver.store import CorruptStore
 from metaserver.transaction import ChangeTransaction, ReadTransaction
 from metaserver.wire import Buffer, Replay, Response, encode
 

@@ -16,11 +16,11 @@ from metaserver.changelog import LogFull
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.files import Files
 from metaserver.logrecord import Position
-from metaserver.overlay import Rows
+from metaserver.overlay import Rows, row_key
 from metaserver.protocol import LastNumber
 from metaserver.schema import BOOT, Boot, Table
 from metaserver.start import Options, Started, position_rows
-from metaserver.store import MapFull, StoreFull, View, row_key
+from metaserver.store import MapFull, StoreFull, View
 
 log = structlog.get_logger()
 

@@ -4,8 +4,8 @@ Ids come from ranges. The end of a range is a COUNTERS row that is durable befor
 start skips what was left of the ranges before it. So an id that a crash made us forget is never given out again.
 """
 
+from metaserver.overlay import row_key
 from metaserver.schema import ID_LIMITS, IdKind, Table, key_u64, read_u64
-from metaserver.store import row_key
 
 # The root inode is 1 and made without asking; 0 means "none".
 FIRST_IDS = {IdKind.INODE: 2, IdKind.CHUNK: 1, IdKind.SESSION: 1, IdKind.TASK: 1}

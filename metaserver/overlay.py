@@ -9,8 +9,16 @@ from typing import Any, TypeAlias
 
 from sortedcontainers import SortedDict
 
+from metaserver.schema import Table
+
 Rows: TypeAlias = Mapping[bytes, bytes | None]
 Row: TypeAlias = tuple[bytes, bytes | None]
+# One byte by table number; one more than there are tables, as the end of the last.
+PREFIX = tuple(bytes([number]) for number in range(max(Table) + 2))
+
+
+def row_key(table: Table, key: bytes) -> bytes:
+    return PREFIX[table] + key
 
 
 class Overlay:

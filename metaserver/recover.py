@@ -16,7 +16,7 @@ from metaserver.changelog import KeptSegment, epoch_logs, find_firsts, list_segm
 from metaserver.files import Files, sync_file
 from metaserver.ids import limit_key, limit_of
 from metaserver.logrecord import FIRST_RECORD, Position, Record, SegmentHeader
-from metaserver.overlay import Overlay
+from metaserver.overlay import Overlay, row_key
 from metaserver.replay import CorruptLog, EpochLog, Replayed, replay
 from metaserver.schema import BOOT, TIME, Boot, IdKind, Table, key_u64, read_u64
 from metaserver.snapshot import list_snapshots, make_snapshot, verify_snapshot
@@ -31,7 +31,7 @@ from metaserver.start import (
     survived_rows,
     write_growing,
 )
-from metaserver.store import CorruptStore, Store, create_store, row_key
+from metaserver.store import CorruptStore, Store, create_store
 
 # Rows collected before they are written: bounds memory.
 BATCH_ROWS = 100_000

@@ -22,7 +22,7 @@ from metaserver.changelog import Changelog, KeptSegment, epoch_logs, find_firsts
 from metaserver.files import Files, sync_file
 from metaserver.ids import RANGES, Ids, limit_key, limit_of
 from metaserver.logrecord import SEGMENT_BYTES, Position
-from metaserver.overlay import Overlay, Rows
+from metaserver.overlay import Overlay, Rows, row_key
 from metaserver.replay import CorruptLog, Replayed, replay
 from metaserver.schema import (
     BOOT,
@@ -38,7 +38,7 @@ from metaserver.schema import (
     read_u64,
     survived_key,
 )
-from metaserver.store import MAP_BYTES, CorruptStore, MapFull, Store, create_store, row_key
+from metaserver.store import MAP_BYTES, CorruptStore, MapFull, Store, create_store
 from metaserver.transaction import Layers
 
 STORE_NAME = "data.mdb"

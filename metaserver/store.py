@@ -22,7 +22,7 @@ from pathlib import Path
 import lmdb
 from crc32c import crc32c
 
-from metaserver.overlay import Rows
+from metaserver.overlay import PREFIX, Rows
 from metaserver.schema import Table, Total
 
 PAGE_BYTES = 4096
@@ -40,7 +40,6 @@ _META = struct.Struct("<16xIIQQI92xQQ")
 _META_MAGIC = 0xBEEFC0DE
 _META_VERSION = 1
 TABLES = tuple(table for table in Table if table is not Table.TOTALS)
-PREFIX = tuple(bytes([number]) for number in range(max(Table) + 2))
 
 
 class CorruptStore(Exception):
@@ -60,10 +59,6 @@ class StoreFull(Exception):
 
 class ViewExpired(Exception):
     """The map was moved: what this view showed can be seen again in a new one."""
-
-
-def row_key(table: Table, key: bytes) -> bytes:
-    return PREFIX[table] + key
 
 
 def row_checksum(key: bytes, value: bytes) -> int:

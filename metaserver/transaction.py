@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from metaserver.errors import DfsError, ErrorCode
-from metaserver.overlay import Overlay, Row, Rows, merge, merge_back
+from metaserver.overlay import PREFIX, Overlay, Row, Rows, merge, merge_back
 from metaserver.schema import MAX_TRANSACTION_ROWS, IdKind, Table
-from metaserver.store import PREFIX, Reader
+from metaserver.store import Reader
 
 _ABSENT: Any = object()
 
