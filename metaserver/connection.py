@@ -42,6 +42,8 @@ DIRECT_PAYLOAD_BYTES = 16 << 10
 BACKLOG_BYTES = 8 << 20
 # Requests in work per connection; beyond, nothing more is read from it.
 MAX_RUNNING = 512
+# And so many bytes of their payloads: a sender that is faster than the disks waits in its own memory, not in ours.
+MAX_RUNNING_BYTES = 32 << 20
 # Parameters of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -166,6 +168,7 @@ class Connection:
         self._pending: dict[int, Pending[Any]] = {}
         self._running: dict[int, trio.CancelScope] = {}
         self._running_count = 0
+        self._running_bytes = 0
         self._running_less = trio.Event()
         self._backlog: deque[memoryview] = deque()
         self._backlog_bytes = 0
@@ -360,7 +363,7 @@ class Connection:
                     self._flush()
             if self.lost is not None:
                 raise self.lost
-            while self._running_count >= MAX_RUNNING:
+            while self._running_count >= MAX_RUNNING or self._running_bytes >= MAX_RUNNING_BYTES:
                 self._running_less = trio.Event()
                 await self._running_less.wait()
             available = end - start
@@ -439,6 +442,7 @@ class Connection:
             else:
                 assert self._nursery is not None
                 self._running_count += 1
+                self._running_bytes += header.payload_length
                 self._nursery.start_soon(self._finish, header, result)
 
     async def _finish(self, header: wire.Header, result: Coroutine[Any, Any, Reply]) -> None:
@@ -459,6 +463,7 @@ class Connection:
         finally:
             self._running.pop(header.request_id, None)
             self._running_count -= 1
+            self._running_bytes -= header.payload_length
             self._running_less.set()
 
     def _answer(self, header: wire.Header, reply: Reply) -> None:
