@@ -60,6 +60,8 @@ class Changes:
 
     def apply(self, session: SessionState, method: int, request: Request[Any]) -> Applied:
         """Carries out one change: the reply, and the number to wait for before it may leave (0: none)."""
+        if session.ended:
+            raise DfsError(ErrorCode.STALE_SESSION, f"session {session.id} has ended: start a new one")
         if self.refusing:
             raise DfsError(ErrorCode.READ_ONLY, self.refusing)
         if session.row.read_only:

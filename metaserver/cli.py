@@ -9,16 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import httpx
 import trio
 import typer
 
 from metaserver import config as configs
-from metaserver import logs
-from metaserver.commit import EngineFailed
+from metaserver import identity, logs, offline
+from metaserver import recover as recovery
+from metaserver.commit import open_committer
 from metaserver.config import Config, ConfigError
+from metaserver.engine import EngineFailed
 from metaserver.errors import DfsError
 from metaserver.identity import DataDirectoryError
-from metaserver.key import KeyFileError
+from metaserver.key import KeyFileError, load_key
 from metaserver.replay import CorruptLog
 from metaserver.serve import StartError, serve_until_signal
 from metaserver.start import DirectoryBusy
@@ -37,6 +40,9 @@ EXPECTED = (
     DfsError,
     OSError,
 )
+
+# A snapshot copies and verifies everything: minutes for very many files.
+SNAPSHOT_SECONDS = 3600.0
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -106,7 +112,89 @@ def _run(
         if level not in logs.LEVELS:
             raise ConfigError(f"log level {level!r} is not one of {', '.join(logs.LEVELS)}")
         logs.configure(level, config.log.json)
-        trio.run(serve_until_signal, config)
+        with _saying_where(config.data):
+            trio.run(serve_until_signal, config)
+
+
+@app.command()
+def check(data: Data = None, config: ConfigFile = None) -> None:
+    """Checks every invariant of a data directory; its metaserver must not be running (`dfs check` asks a running one).
+    Exit code 1 if something is wrong."""
+    with _explained():
+        report = offline.check_directory(_directory(config, data))
+    for problem in report.problems:
+        print(f"{problem.table} {problem.key}: {problem.text}")
+    print(f"{report.rows} rows checked in {report.seconds:.1f} s, {len(report.problems)} problems")
+    if report.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def recover(
+    data: Data = None,
+    config: ConfigFile = None,
+    accept_loss: Annotated[bool, typer.Option(help="Take what comes before the first damaged change.")] = False,
+    advance: Annotated[bool, typer.Option(help="Make this state count as newer than what chunkservers saw.")] = False,
+    seen_epoch: Annotated[int, typer.Option(min=0, help="With --advance: the highest epoch seen.")] = 0,
+    seen_chunk: Annotated[int, typer.Option(min=0, help="With --advance: the highest chunk id seen.")] = 0,
+) -> None:
+    """Rebuilds a lost or damaged store from a snapshot file and the changelog; the metaserver must not be running."""
+    with _explained():
+        minimum = recovery.Minimum(seen_epoch, seen_chunk) if advance else None
+        report = recovery.recover(_directory(config, data), accept_loss=accept_loss, minimum=minimum)
+    for line in report.lines:
+        print(line)
+    print(f"recovered {report.position} with {report.changes} changes of the log in {report.seconds:.1f} s")
+
+
+@app.command()
+def snapshot(data: Data = None, config: ConfigFile = None, http: Http = None, key_file: KeyFile = None) -> None:
+    """Makes a snapshot file, by the running metaserver if there is one."""
+    with _explained():
+        directory = _directory(config, data)
+        try:
+            path = trio.run(_make_snapshot, directory)
+        except DirectoryBusy:
+            settings = configs.load(config) if config is not None else Config(data=str(directory))
+            address = http or f"{settings.http_host}:{settings.http_port}"
+            path = _ask_snapshot(address, Path(key_file) if key_file else settings.key_path)
+    print(path)
+
+
+def _directory(file: Path | None, data: str | None) -> Path:
+    """The data directory to work on; it must be a metaserver's already."""
+    config = configs.load(file) if file is not None else Config()
+    config = configs.with_flags(config, {} if data is None else {"data": data})
+    config.check()
+    if identity.load(config.data_path) is None:
+        raise DataDirectoryError(f"{config.data_path} is not a metaserver's data directory: check the path")
+    return config.data_path
+
+
+async def _make_snapshot(directory: Path) -> str:
+    async with open_committer(directory) as committer:
+        return str((await committer.snapshot()).path)
+
+
+def _ask_snapshot(address: str, key_file: Path) -> str:
+    headers = {"authorization": f"Bearer {load_key(key_file).http_token}"}
+    try:
+        answer = httpx.post(f"http://{address}/v1/snapshot", headers=headers, timeout=SNAPSHOT_SECONDS)
+    except httpx.HTTPError as error:
+        raise StartError(f"the running metaserver does not answer at {address} ({error}): give --http") from None
+    body = answer.json()
+    if answer.status_code != 200:
+        raise StartError(f"the metaserver at {address} refuses: {body['text']}")
+    return str(body["path"])
+
+
+@contextmanager
+def _saying_where(data: str) -> Iterator[None]:
+    """Damage is explained with the command that mends it: this adds on what."""
+    try:
+        yield
+    except* (CorruptStore, CorruptLog) as group:
+        raise StartError(f"{_first(group)} --data {data}") from None
 
 
 @contextmanager
@@ -130,9 +218,11 @@ def _text(error: BaseException) -> str:
 def _only_expected(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
     """The expected failure that a nursery wrapped up, if nothing else is in there."""
     expected, rest = group.split(EXPECTED)
-    if rest is not None:
-        return None
-    found: BaseException | None = expected
+    return None if rest is not None or expected is None else _first(expected)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    found: BaseException = group
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]
     return found

@@ -1,7 +1,7 @@
 """The metaserver's HTTP interface: the routes of ``metaserver/protocol.py``, and metrics. Decodes, calls, encodes."""
 
 import struct
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry
@@ -17,7 +17,7 @@ from metaserver.control import Control
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.httpserver import json_reply, protected, read_json
 from metaserver.key import ClusterKey
-from metaserver.protocol import CheckReport, Heartbeat, Register, ReportPage
+from metaserver.protocol import Heartbeat, Register, ReportPage
 from metaserver.service import Service
 from metaserver.status import StatusReader
 
@@ -69,7 +69,6 @@ def make_app(
     service: Service,
     control: Control,
     status: StatusReader,
-    check: Callable[[], Awaitable[CheckReport]],
     key: ClusterKey | None,
 ) -> Starlette:
     """The application; every path but ``/health`` needs the token of ``key``."""
@@ -104,7 +103,11 @@ def make_app(
             raise
 
     async def show_check(request: Request) -> Response:
-        return json_reply(await check())
+        return json_reply(await service.committer.check())
+
+    async def make_snapshot(request: Request) -> Response:
+        snapshot = await service.committer.snapshot()
+        return json_reply({"path": str(snapshot.path), "position": str(snapshot.position)})
 
     async def health(request: Request) -> Response:
         return json_reply({"role": "metaserver", "epoch": service.committer.epoch, "status": "ok"})
@@ -120,6 +123,7 @@ def make_app(
         Route("/v1/chunks/{ino}", show_file),
         Route("/v1/files/{ino}", show_file),
         Route("/v1/check", show_check),
+        Route("/v1/snapshot", make_snapshot, methods=["POST"]),
         Route("/servers", servers),
         Route("/health", health),
         Route("/metrics", metrics),

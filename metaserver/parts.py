@@ -5,6 +5,7 @@ from collections.abc import Callable
 from random import Random
 
 from metaserver import chunks, inodes
+from metaserver.aging import Aging
 from metaserver.changes import Changes
 from metaserver.clock import LivedClock
 from metaserver.commit import Committer
@@ -20,7 +21,6 @@ from metaserver.service import Client, Service
 from metaserver.sessions import Sessions
 from metaserver.status import StatusReader
 from metaserver.tasks import Tasks
-from metaserver.upkeep import Upkeep
 
 
 class Parts:
@@ -55,7 +55,7 @@ class Parts:
         self.status = StatusReader(
             committer, config, cluster_id, clock, sessions, members, repair, tasks, changes, service
         )
-        self.upkeep = Upkeep(config, clock, sessions, members, changes, resuming, tasks, repair)
+        self.aging = Aging(config, clock, sessions, members, changes, resuming, tasks, repair)
 
     def load(self) -> None:
         """Makes the root of a new cluster; takes up servers, open chunks, tasks, sessions and orphans."""

@@ -584,7 +584,9 @@ CHANGES = frozenset(
 # POST /v1/servers/{server}/report   ReportPage -> Empty JSON object; pages in order, before heartbeats count
 # POST /v1/servers/{server}/heartbeat  Heartbeat -> HeartbeatReply
 # GET  /v1/status                    Status (what `dfs status` shows)
-# GET  /v1/chunks/{ino}              chunk map of a file;  GET /v1/check, /metrics, /health (without a token)
+# GET  /v1/chunks/{ino}              FileStatus, the chunk map of a file (also as /v1/files/{ino})
+# GET  /v1/check                     CheckReport;  POST /v1/snapshot makes a snapshot file
+# GET  /servers                      list of ServerStatus;  GET /metrics;  GET /health (without a token)
 # Errors are a 4xx or 5xx with {"code": ErrorCode name, "text": one line}.
 
 HTTP_BODY_LIMIT = 4 << 20

@@ -14,7 +14,6 @@ import structlog
 import trio
 
 from metaserver import httpserver, identity, transport
-from metaserver.checking import check_running
 from metaserver.commit import Committer, open_committer
 from metaserver.config import Config, ConfigError
 from metaserver.connection import accept_handshake
@@ -22,7 +21,7 @@ from metaserver.errors import DfsError
 from metaserver.http import make_app
 from metaserver.key import ClusterKey, load_or_create_key
 from metaserver.parts import Parts
-from metaserver.protocol import ROLE, CheckReport
+from metaserver.protocol import ROLE
 from metaserver.transport import SocketTransport
 
 log = structlog.get_logger(__name__)
@@ -74,7 +73,7 @@ async def _run(
     async with trio.open_nursery() as nursery:
         ports = Ports(listener.getsockname()[1], await _start_http(nursery, config, key, parts))
         nursery.start_soon(transport.serve, listener, _Acceptor(parts, key).handle)
-        nursery.start_soon(parts.upkeep.run)
+        nursery.start_soon(parts.aging.run)
         nursery.start_soon(httpserver.feed_watchdog)
         httpserver.notify_systemd("READY=1")
         log.info(
@@ -119,10 +118,7 @@ class _Acceptor:
 
 
 async def _start_http(nursery: trio.Nursery, config: Config, key: ClusterKey, parts: Parts) -> int:
-    async def check() -> CheckReport:
-        return await check_running(parts.committer)
-
-    app = make_app(parts.service, parts.control, parts.status, check, key)
+    app = make_app(parts.service, parts.control, parts.status, key)
     try:
         bound: int = await nursery.start(httpserver.run_http, app, config.http_host, config.http_port)
     except OSError as error:

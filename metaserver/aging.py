@@ -1,0 +1,77 @@
+"""What happens by itself: the lived clock, silent servers and sessions, tasks, repair. Nothing of it in the reconnect
+window, and nothing at all but the clock while this metaserver knows itself to be rolled back."""
+
+import trio
+
+from metaserver.changes import Changes
+from metaserver.clock import LivedClock
+from metaserver.config import Config
+from metaserver.members import Members
+from metaserver.protocol import ServerState
+from metaserver.repair import Repair
+from metaserver.resume import Resuming
+from metaserver.sessions import Sessions
+from metaserver.tasks import Tasks
+
+# Twice in a heartbeat's time, so that DOWN comes in time.
+TICKS_PER_HEARTBEAT = 2
+REPAIR_SECONDS = 1.0
+
+
+class Aging:
+    def __init__(
+        self,
+        config: Config,
+        clock: LivedClock,
+        sessions: Sessions,
+        members: Members,
+        changes: Changes,
+        resuming: Resuming,
+        tasks: Tasks,
+        repair: Repair,
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._sessions = sessions
+        self._members = members
+        self._changes = changes
+        self._resuming = resuming
+        self._tasks = tasks
+        self._repair = repair
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tick)
+            await self._resuming.keep_window()
+            nursery.start_soon(self._tasks.run)
+            nursery.start_soon(self._end_overdue)
+            nursery.start_soon(self._keep_repairing)
+
+    async def _tick(self) -> None:
+        while True:
+            self.tick(trio.current_time())
+            await trio.sleep(self._config.heartbeat_seconds / TICKS_PER_HEARTBEAT)
+
+    def tick(self, now: float) -> None:
+        """Time has passed, as far as this process lived through it."""
+        self._clock.tick(now)
+        for member in self._members.age(self._clock.seconds):
+            if member.state is ServerState.LOST:
+                self._repair.lost(member.server)
+
+    async def _end_overdue(self) -> None:
+        while True:
+            await trio.sleep(self._config.heartbeat_seconds)
+            if self._changes.refusing:
+                continue
+            for session in self._resuming.overdue():
+                await self._resuming.end(session, "silent for too long")
+                if session.connection is not None:
+                    session.connection.close("the session was silent for too long and has ended")
+
+    async def _keep_repairing(self) -> None:
+        while True:
+            await trio.sleep(REPAIR_SECONDS)
+            if not self._changes.refusing:
+                await self._repair.tick(unknown_may_go=not self._sessions.missing)
