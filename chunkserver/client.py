@@ -210,7 +210,11 @@ class Pool:
         return link is not None and trio.current_time() < link.failed_at + SUSPECT_SECONDS
 
     def _link(self, peer: Peer) -> _Link:
-        return self._links.setdefault((peer.server, peer.host, peer.port), _Link(peer))
+        key = (peer.server, peer.host, peer.port)
+        link = self._links.get(key)
+        if link is None:
+            link = self._links[key] = _Link(peer)
+        return link
 
     async def _run_link(self, link: _Link) -> None:
         """Connects, sends what waits, and runs the connection until it ends."""
