@@ -27,7 +27,11 @@ class Progress(Message):
 
 
 class ReplicaFailure(Message):
-    """Which replica could not do its part, and why (an ``ErrorCode``)."""
+    """Which replica could not do its part, and why (an ``ErrorCode``).
+
+    CANCELLED: a server before it in the chain failed, so that it is not known whether the request reached this one;
+    it is not to blame.
+    """
 
     server: int
     code: int
