@@ -31,8 +31,8 @@ log = structlog.get_logger(__name__)
 
 # While somebody is in the middle of returning the window waits for him, but not longer than so many times its length.
 PATIENCE = 6
-# Nothing was lost if the machine did not restart: then only what others have not yet flushed is worth waiting for, and a
-# mount that lives comes back within a second.
+# Nothing was lost if the machine did not restart: then only what others have not yet flushed is worth waiting for, and
+# a mount that lives comes back within a second.
 NOTHING_LOST_SECONDS = 3.0
 # Rows of one change that notes withdrawn operations.
 WITHDRAW_STEP = 2000
