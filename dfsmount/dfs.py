@@ -33,7 +33,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 
 @app.command()
 def up(
-    mountpoint: Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="An empty directory; made if missing.")],
+    # Not a Path: the command line's parser would stat it, which waits while the metaserver is down.
+    mountpoint: Annotated[str, typer.Argument(metavar="MOUNTPOINT", help="An empty directory; made if missing.")],
     data: Annotated[str, typer.Option("--data", metavar="DIR", help="Where everything is kept.")] = "",
     copies: Annotated[int | None, typer.Option(help="Copies of every chunk (new cluster: 2).")] = None,
     servers: Annotated[int | None, typer.Option(help="Number of chunkservers (new cluster: 3).")] = None,
@@ -47,7 +48,7 @@ def up(
     from dfsmount import dfs_layout, dfs_services, dfs_up
 
     directory = Path(data).absolute() if data else dfs_layout.default_data()
-    point = mountpoint.absolute()
+    point = Path(mountpoint).absolute()
     changed = dfs_up.up(directory, point, dfs_services.Wanted(copies, servers, port), say)
     if not changed:
         say(f"The cluster in {directory} is up already, mounted on {point}.")
