@@ -58,6 +58,7 @@ class Flushing:
 
     def flushed(self, session: SessionState, number: int) -> None:
         """FLUSHED has arrived."""
+        session.mute = False
         ticket = self._tickets.get(number)
         if ticket is not None and ticket.session == session.id:
             ticket.done.set()

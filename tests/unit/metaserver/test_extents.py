@@ -84,9 +84,7 @@ def test_map_is_what_a_byte_array_is(steps: list[tuple]) -> None:
         tx.check()
 
 
-@given(
-    st.lists(write, min_size=1, max_size=12), st.integers(0, SIZE), st.integers(0, SIZE * 2), st.integers(1, 4)
-)
+@given(st.lists(write, min_size=1, max_size=12), st.integers(0, SIZE), st.integers(0, SIZE * 2), st.integers(1, 4))
 @settings(max_examples=100, deadline=None)
 def test_pages_cover_the_range_asked_for(steps: list[tuple], start: int, length: int, count: int) -> None:
     tx = fresh()

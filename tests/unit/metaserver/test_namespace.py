@@ -206,7 +206,9 @@ def tx() -> MemoryRows:
     return rows
 
 
-def make(tx: MemoryRows, name: bytes, mode: int = stat.S_IFREG | 0o644, *, parent: int = 1, now: int = 1, **more) -> int:
+def make(
+    tx: MemoryRows, name: bytes, mode: int = stat.S_IFREG | 0o644, *, parent: int = 1, now: int = 1, **more
+) -> int:
     return namespace.make(tx, now, Make(parent, name, mode, 10, 20, **more))[0]
 
 
