@@ -271,7 +271,8 @@ class Lane:
         log.warning("chunk ended", chunk=repr(chunk), blamed=failure.servers, error=str(failure.error))
         chunk.failed = True
         chunk.blamed = failure.servers
-        self._writer.supply.avoid(failure.servers)
+        # A time-out with nobody to blame: any of them may be the slow one.
+        self._writer.supply.avoid(failure.servers or chunk.servers)
         if self._failing_since is None:
             self._failing_since = trio.current_time()
         self._failures += 1

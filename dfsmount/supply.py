@@ -109,19 +109,11 @@ class ChunkSupply:
         life = self.life
         now = trio.current_time()
         avoid = tuple(server for server, until in self._avoid.items() if until > now)
-        try:
-            allocated = await self._ask(avoid)
-        except DfsError as error:
-            if not avoid or error.code in (ErrorCode.TIMEOUT, ErrorCode.STALE_SESSION):
-                raise
-            # A server that failed a moment ago is better than none.
-            allocated = await self._ask(())
+        request = Allocate(self._host, avoid)
+        allocated = await self._meta.call(protocol.ALLOCATE, request, timeout=CALL_SECONDS)
         if life != self.life:
             raise DfsError(ErrorCode.UNAVAILABLE, "the session has changed")
         return OpenChunk(allocated, UUID(self._meta.cluster_id), self._meta.session, self._pool)
-
-    async def _ask(self, avoid: tuple[int, ...]) -> protocol.Allocated:
-        return await self._meta.call(protocol.ALLOCATE, Allocate(self._host, avoid), timeout=CALL_SECONDS)
 
     # -- giving back -------------------------------------------------------------------------------------------
 

@@ -262,12 +262,12 @@ class FakeMeta:
         return self._attributes(ino)
 
     def content(self, ino: int, *, server: int = 0) -> bytes:
-        """A file as one set of replicas has it: each chunk from its ``server``-th good replica."""
+        """A file as one set of replicas has it: each chunk from its ``server``-th. What is committed is on all of
+        them, those that failed later included."""
         data = bytearray(self.files[ino].size)
         for extent in self.maps[ino]:
             chunk = self.chunks[extent.chunk]
-            good = [number for number in chunk.servers if number not in chunk.bad]
-            replica = self.pool.servers[good[server % len(good)]].replicas[extent.chunk]
+            replica = self.pool.servers[chunk.servers[server % len(chunk.servers)]].replicas[extent.chunk]
             part = replica.data[extent.chunk_offset : extent.chunk_offset + extent.length]
             data[extent.file_offset : extent.file_offset + extent.length] = part
         return bytes(data)
@@ -288,15 +288,17 @@ class FakeMeta:
     # -- the metaserver ------------------------------------------------------------------------------------------
 
     def _allocate(self, message: protocol.Allocate) -> Allocated:
-        up = [n for n, server in self.pool.servers.items() if not server.down and n not in message.avoid]
+        up = [n for n, server in self.pool.servers.items() if not server.down]
+        wanted = [n for n in up if n not in message.avoid]
         if not up:
             raise DfsError(ErrorCode.UNAVAILABLE, "no server")
         if self.space < protocol.CHUNK_CAPACITY:
             raise DfsError(ErrorCode.NO_SPACE)
         self.space -= protocol.CHUNK_CAPACITY
         self._next += 1
-        first = self._next % len(up)
-        chosen = tuple((up[first:] + up[:first])[: self.copies])
+        first = self._next % max(1, len(wanted))
+        others = [n for n in up if n in message.avoid]
+        chosen = tuple((wanted[first:] + wanted[:first] + others)[: self.copies])
         self.chunks[self._next] = FakeChunk(chosen)
         addresses = tuple(ServerAddress(number, HOST, 1000 + number, "", 1) for number in chosen)
         return Allocated(self._next, addresses, self.copies)

@@ -103,8 +103,8 @@ class Model:
 @given(st.lists(steps, min_size=5, max_size=40), st.booleans())
 def test_is_what_arrays_of_bytes_say(program: list[tuple[str, int, int, int]], slow: bool) -> None:
     async def main() -> None:
-        # Little memory, so that writers wait for it.
-        options = WriterOptions(max_dirty_bytes=600_000)
+        # Little memory, so that writers wait for it; and patience for any number of failures in a row.
+        options = WriterOptions(max_dirty_bytes=600_000, give_up_seconds=1000)
         async with open_bench(servers=5, writing=options, cache_bytes=400_000) as bench:
             bench.pool.latency_seconds = 0.05 if slow else 0.001
             bench.meta.page = 3
