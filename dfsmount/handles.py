@@ -15,6 +15,7 @@ from operator import attrgetter
 import structlog
 import trio
 
+from dfsmount.ahead import Ahead
 from dfsmount.filestate import FileState
 from dfsmount.inodes import Inode, InodeTable
 from dfsmount.readahead import ReadAhead
@@ -33,10 +34,10 @@ class OpenFile:
 
     ``pins`` counts handles and opens in progress; ``writing`` is whether it is registered for writing; ``stale``:
     another session changed it since ``state`` was refreshed; ``unlinked``: no name is left; ``made_as``: the parent and
-    name it was created with here.
+    name it was created with here; ``ahead``: changed attributes that the metaserver has not answered yet.
     """
 
-    __slots__ = ("inode", "made_as", "pins", "stale", "state", "unlinked", "writing")
+    __slots__ = ("ahead", "inode", "made_as", "pins", "stale", "state", "unlinked", "writing")
 
     def __init__(self, inode: Inode, state: FileState) -> None:
         self.inode = inode
@@ -46,10 +47,16 @@ class OpenFile:
         self.stale = False
         self.unlinked = False
         self.made_as: tuple[int, bytes] | None = None
+        self.ahead: Ahead | None = None
 
     @property
     def ino(self) -> int:
         return self.inode.ino
+
+    @property
+    def settled(self) -> bool:
+        """Whether the metaserver knows everything that was done to it here."""
+        return self.ahead is None and not self.state.is_dirty
 
 
 class FileHandle:
@@ -212,7 +219,7 @@ class OpenFiles:
 
     def take_idle(self) -> list[int]:
         """Inos to deregister now; each must be given to :meth:`closed` afterwards."""
-        ready = (ino for ino, file in self._idle.items() if ino not in self._opening and not file.state.is_dirty)
+        ready = (ino for ino, file in self._idle.items() if ino not in self._opening and file.settled)
         inos = list(islice(ready, CLOSE_BATCH))
         event = trio.Event()
         for ino in inos:

@@ -38,6 +38,7 @@ class Vfs:
         """What goes on beside the kernel's requests, for ever."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(close_idle, self.core.files, self.core.remote)
+            nursery.start_soon(self.core.jobs.run)
             nursery.start_soon(self.core.tell_kernel)
             nursery.start_soon(self._reopen_all)
 
@@ -102,10 +103,12 @@ class Vfs:
 
     async def sync_names(self) -> None:
         """fsync(2) of a directory: every name this mount has made or seen is on stable storage."""
+        await self.core.deferred.settle_all()
         await self.core.remote.sync()
 
     async def finish(self) -> None:
         """Unmounting: everything written is committed and durable, everything opened deregistered."""
+        await self.core.deferred.settle_all()
         await self.core.writer.close()
         await self.core.remote.sync()
         await close_batches(self.core.files, self.core.remote)

@@ -1,13 +1,16 @@
 """What the halves of the virtual filesystem share: the tables, and what the kernel is told about an inode."""
 
+import stat
 from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 import trio
 
+from dfsmount.ahead import Deferred
 from dfsmount.handles import HandleTable, OpenFile, OpenFiles
 from dfsmount.inodes import Inode, InodeTable
+from dfsmount.jobs import Jobs
 from dfsmount.reader import Reader
 from dfsmount.remote import Remote
 from dfsmount.writer import Writer
@@ -68,6 +71,8 @@ class Core:
         self.inodes = InodeTable(options.attr_timeout)
         self.files = OpenFiles(self.inodes)
         self.handles = HandleTable()
+        self.jobs = Jobs()
+        self.deferred = Deferred(remote.set_attributes, self.jobs, self.changed)
         self._doubted_contents: set[int] = set()
         self._doubts = trio.Event()
 
@@ -103,16 +108,10 @@ class Core:
         opened = inode.opened
         attributes = inode.attributes
         if opened is not None and opened.state.attributes.data_version > attributes.data_version:
+            # A commit's answer, which goes to the state only.
             attributes = inode.attributes = opened.state.attributes
-        size, mtime_ns, ctime_ns = attributes.size, attributes.mtime_ns, attributes.ctime_ns
-        allocated = attributes.allocated
-        if opened is not None and opened.state.is_dirty:
-            state = opened.state
-            size, mtime_ns, ctime_ns = state.size, state.mtime_ns, max(ctime_ns, state.ctime_ns)
-            allocated += sum(layer.size for layer in state.dirty.layers)
         left = self.inodes.seconds_left(inode)
-        inode.shown_size = size
-        return Shown(
+        shown = Shown(
             attributes.ino,
             attributes.generation,
             attributes.mode,
@@ -120,14 +119,18 @@ class Core:
             attributes.uid,
             attributes.gid,
             attributes.rdev,
-            size,
-            -(-allocated // SECTOR_BYTES),
+            attributes.size,
+            -(-attributes.allocated // SECTOR_BYTES),
             attributes.atime_ns,
-            mtime_ns,
-            ctime_ns,
+            attributes.mtime_ns,
+            attributes.ctime_ns,
             min(left, self.options.entry_timeout),
             left,
         )
+        if opened is not None:
+            _show_local(shown, opened)
+        inode.shown_size = shown.size
+        return shown
 
     # -- what others changed -----------------------------------------------------------------------------------
 
@@ -154,9 +157,14 @@ class Core:
     # -- unwritten data ----------------------------------------------------------------------------------------
 
     async def flush(self, ino: int) -> None:
-        """Commits what is dirty of ``ino``, if anything."""
+        """Makes the metaserver know everything that was done to ``ino`` here."""
         file = self.files.get(ino)
-        if file is not None and file.state.is_dirty:
+        if file is not None and not file.settled:
+            await self.flush_file(file)
+
+    async def flush_file(self, file: OpenFile) -> None:
+        await self.deferred.settle(file)
+        if file.state.is_dirty:
             await self.writer.flush(file.state)
 
     def lost_last_name(self, ino: int) -> None:
@@ -175,3 +183,21 @@ class Core:
 def entry_of(attributes: Attributes) -> Entry:
     """An entry for attributes that came without a map, which is known all the same if there is no data."""
     return Entry(attributes, FileMap((), (), attributes.size) if attributes.allocated == 0 else None)
+
+
+def _show_local(shown: Shown, file: OpenFile) -> None:
+    """Puts what the metaserver does not know yet over what it said: unwritten data, and attributes just set."""
+    state = file.state
+    if state.is_dirty:
+        shown.size, shown.mtime_ns, shown.ctime_ns = state.size, state.mtime_ns, max(shown.ctime_ns, state.ctime_ns)
+        shown.blocks -= -sum(layer.size for layer in state.dirty.layers) // SECTOR_BYTES
+    if file.ahead is None:
+        return
+    changes = file.ahead.changes
+    if changes.mode is not None:
+        shown.mode = stat.S_IFMT(shown.mode) | stat.S_IMODE(changes.mode)
+    shown.uid = shown.uid if changes.uid is None else changes.uid
+    shown.gid = shown.gid if changes.gid is None else changes.gid
+    shown.atime_ns = shown.atime_ns if changes.atime_ns is None else changes.atime_ns
+    shown.mtime_ns = shown.mtime_ns if changes.mtime_ns is None else changes.mtime_ns
+    shown.ctime_ns = max(shown.ctime_ns, changes.ctime_ns or shown.ctime_ns)

@@ -105,12 +105,14 @@ class Files:
         """close(2) of one descriptor: starts writing and tells of what failed before; waits only if asked to."""
         core = self._core
         handle = core.handles.file(number)
-        state = handle.file.state
-        if state.is_dirty and not handle.file.unlinked:
+        file = handle.file
+        if not file.settled and not file.unlinked:
             if core.options.sync_close:
-                await core.writer.flush(state)
+                await core.flush_file(file)
             else:
-                core.writer.flush_soon(state)
+                core.deferred.send(file)
+                if file.state.is_dirty:
+                    core.writer.flush_soon(file.state)
         handle.raise_new_error()
 
     def release(self, number: int) -> None:
@@ -139,6 +141,9 @@ class Files:
         state = handle.file.state
         if state.error_count > handle.errors_seen:
             handle.raise_new_error()
+        if handle.file.ahead is not None:
+            # A time that was set before must not reach the metaserver after the time of this write.
+            await core.deferred.settle(handle.file)
         await core.writer.write(state, offset, data)
         if handle.durable_writes:
             await self.fsync(number)
@@ -148,8 +153,8 @@ class Files:
         """Everything this mount has done or seen of the file is on stable storage, data and names."""
         core = self._core
         handle = core.handles.file(number)
-        if handle.file.state.is_dirty:
-            await core.writer.flush(handle.file.state)
+        if not handle.file.settled:
+            await core.flush_file(handle.file)
         handle.raise_new_error()
         await core.remote.sync()
 
@@ -173,13 +178,18 @@ class Files:
         file = core.files.get(changes.ino)
         if file is None:
             return await self._ask_for(changes)
+        if changes.mtime_ns is not None:
+            # Commits of what was written before must not bring their own time afterwards.
+            file.state.leave_times()
+        if core.deferred.can_take(file, changes) and core.inodes.believed(changes.ino) is not None:
+            changes.ctime_ns = core.remote.now_ns()
+            core.deferred.take(file, changes)
+            return file.inode
         core.files.pin(file)
         try:
+            await core.deferred.settle(file)
             if changes.size is not None:
                 return await self._truncate(file, changes.size, changes)
-            if changes.mtime_ns is not None:
-                # Commits of what was written before must not bring their own time afterwards.
-                file.state.leave_times()
             return await self._ask_for(changes)
         finally:
             core.files.unpin(file)

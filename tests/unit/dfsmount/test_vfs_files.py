@@ -357,3 +357,87 @@ async def test_finish_writes_everything_and_closes_everything(plant: Plant, a: T
     assert a.writer.dirty_bytes == 0
     assert a.meta.durable == a.meta.seen
     assert [ino for ino, _ in files if openers(plant, ino)] == [files[0][0]]
+
+
+# -- attributes that are ahead -------------------------------------------------------------------------------------
+
+
+async def test_attributes_of_a_file_being_written_are_sent_together(a: TestMount, b: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"data")
+    before = a.meta.seen
+    await a.set(ino, mode=0o600)
+    await a.set(ino, uid=5, gid=6)
+    await a.set(ino, atime_ns=7)
+    shown = await a.set(ino, mtime_ns=8)
+    assert a.meta.seen == before, "nothing was asked"
+    assert (stat.S_IMODE(shown.mode), shown.uid, shown.gid, shown.atime_ns, shown.mtime_ns) == (0o600, 5, 6, 7, 8)
+    assert stat.S_ISREG(shown.mode)
+    await eventually(lambda: a.meta.seen == before + 1)
+    assert a.core.inodes.get(ino).opened.ahead is None  # type: ignore[union-attr]
+    again = a.vfs.known_attributes(ino)
+    assert again is not None
+    assert (again.mode, again.uid, again.atime_ns, again.mtime_ns) == (shown.mode, 5, 7, 8)
+    assert again.ctime_ns == shown.ctime_ns
+    await a.close(handle)
+
+
+async def test_others_see_attributes_that_are_ahead(a: TestMount, b: TestMount) -> None:
+    ino, handle = await a.create(b"f")
+    await b.stat(b"f")
+    await a.set(ino, mode=0o600)
+    assert stat.S_IMODE((await b.stat(b"f")).mode) == 0o600
+    await a.set(ino, mode=0o640)
+    await a.close(handle)
+    assert stat.S_IMODE((await b.stat(b"f")).mode) == 0o640
+
+
+async def test_fsync_waits_for_attributes_that_are_ahead(a: TestMount) -> None:
+    ino, handle = await a.create(b"f")
+    for durable in (lambda: a.files.fsync(handle), a.vfs.sync_names, a.vfs.finish):
+        await a.set(ino, mode=0o600)
+        before = a.meta.seen
+        await durable()  # type: ignore[no-untyped-call]
+        assert a.meta.seen == before + 1
+        assert a.meta.durable == a.meta.seen
+
+
+async def test_a_write_after_a_time_was_set_comes_after_it(a: TestMount, b: TestMount) -> None:
+    ino, handle = await a.create(b"f")
+    await a.set(ino, mtime_ns=5)
+    await a.files.write(handle, 0, b"x")
+    await a.core.flush(ino)
+    assert (await b.stat(b"f")).mtime_ns > 5
+    assert (await a.vfs.get_attributes(ino)).mtime_ns > 5
+    await a.close(handle)
+
+
+async def test_a_truncate_comes_after_what_is_ahead(a: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"data")
+    await a.set(ino, mtime_ns=5)
+    assert (await a.set(ino, size=2)).mtime_ns > 5
+    await a.set(ino, mtime_ns=6, mode=0o600)
+    await a.set(ino, mtime_ns=7)
+    await a.core.flush(ino)
+    assert (await a.vfs.get_attributes(ino)).mtime_ns == 7
+    await a.close(handle)
+
+
+async def test_a_file_is_not_deregistered_while_it_is_ahead(plant: Plant, a: TestMount) -> None:
+    ino, handle = await a.create(b"f")
+    await a.set(ino, mode=0o600)
+    await a.close(handle)
+    assert a.core.files.take_idle() == []
+    await eventually(lambda: not openers(plant, ino))
+
+
+async def test_attributes_that_could_not_be_set_are_told(plant: Plant, a: TestMount) -> None:
+    ino, handle = await a.create(b"f")
+    plant.parts.changes.refusing = "for a test"
+    await a.set(ino, mode=0o600)
+    await a.core.flush(ino)
+    with pytest.raises(DfsError) as caught:
+        await a.files.flush(handle)
+    assert code_of(caught.value) is ErrorCode.READ_ONLY
+    await a.files.flush(handle)
+    plant.parts.changes.refusing = ""
+    assert stat.S_IMODE((await a.vfs.get_attributes(ino)).mode) == 0o644

@@ -226,7 +226,7 @@ async def open_plant(directory: Path) -> AsyncIterator[Plant]:
                 client.lost(connection)
 
         nursery.start_soon(transport.serve, listener, handle)
-        nursery.start_soon(parts.upkeep.run)
+        nursery.start_soon(parts.aging.run)
         yield plant
         nursery.cancel_scope.cancel()
 
