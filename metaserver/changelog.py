@@ -4,9 +4,11 @@ The segment after the current one is made ahead (in a worker thread), so that an
 a full disk is known while a whole segment is still free for deletions.
 
 Threads: :meth:`Changelog.sync` and :meth:`Changelog.prepare` run in worker threads, everything else in that of the
-event loop. Neither touches what the other or an append changes.
+event loop. A sync touches nothing that an append changes; the next segment is handed over under a lock.
 """
 
+import os
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +24,7 @@ from metaserver.logrecord import (
     checksum_seed,
     decode_segment,
     encode_record,
+    find_records,
 )
 from metaserver.overlay import Rows
 from metaserver.replay import CorruptLog, EpochLog
@@ -123,14 +126,29 @@ def trim(segments: list[KeptSegment], files: Files) -> list[KeptSegment]:
     again and again must not fill its disk. Returns the segments that are left."""
     left = []
     for index, segment in enumerate(segments):
-        used = len(segment.read().rstrip(b"\0"))
+        used = _used_bytes(segment)
         first_of_epoch = index == 0 or segments[index - 1].header.epoch != segment.header.epoch
-        if used <= FIRST_RECORD and not first_of_epoch:
+        if used == FIRST_RECORD and not first_of_epoch:
             files.delete(segment.path)
-        else:
-            files.truncate(segment.path, max(FIRST_RECORD, used + -used % ALIGNMENT))
-            left.append(segment)
+            continue
+        if used is not None:
+            files.truncate(segment.path, used)
+        left.append(segment)
     return left
+
+
+def _used_bytes(segment: KeptSegment) -> int | None:
+    """Where the unwritten rest of a segment begins; None if there is hardly any."""
+    with segment.path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - FIRST_RECORD))
+        if file.read().strip(b"\0"):
+            return None
+    data = segment.read()
+    # A record may end with zeroes, and something unreadable may come after the last one.
+    end = max((end for _, end in find_records(data, segment.header.segment)), default=FIRST_RECORD)
+    last = len(data.rstrip(b"\0"))
+    return max(end, last + -last % ALIGNMENT)
 
 
 class Changelog:
@@ -159,6 +177,7 @@ class Changelog:
         self.appended = 0
         # Made ahead; None while it is being made, or if the disk is full.
         self._next: OpenSegment | None = None
+        self._preparing = threading.Lock()
         # Written to since the last sync that covered them; the current one is the last.
         self._unsynced: list[OpenSegment] = []
 
@@ -175,19 +194,20 @@ class Changelog:
         return self._next is not None
 
     def prepare(self) -> None:
-        """Makes the next segment; raises :class:`LogFull`, or ``OSError`` when the disk fails. In a worker thread, one
-        at a time."""
-        if self._next is None:
-            try:
-                self._next = self._create()
-            except OSError as error:
-                if is_full(error):
-                    raise LogFull from error
-                raise
+        """Makes the next segment if there is none; raises :class:`LogFull`, or ``OSError`` when the disk fails. In a
+        worker thread, normally."""
+        with self._preparing:
+            if self._next is None:
+                try:
+                    self._next = self._create()
+                except OSError as error:
+                    if is_full(error):
+                        raise LogFull from error
+                    raise
 
     def append(self, number: int, durable: int, session: int, operation: int, time_ns: int, rows: Rows) -> None:
-        """Writes one record to the page cache. Raises :class:`LogFull` with nothing written if the next segment is
-        needed and not there, or ``OSError``, after which the log must not be used any more."""
+        """Writes one record to the page cache. Raises :class:`LogFull` with nothing written if another segment is
+        needed and there is no space for it, or ``OSError``, after which the log must not be used any more."""
         segment = self._current
         record = encode_record(segment.seed, self._epoch, number, durable, session, operation, time_ns, rows)
         if segment.end + len(record) > segment.size:
@@ -204,8 +224,9 @@ class Changelog:
     def _rotate(self, length: int) -> OpenSegment:
         if length > self._segment_bytes - FIRST_RECORD:
             raise ValueError(f"a record of {length} bytes does not fit into a segment")
-        if self._next is None:
-            raise LogFull
+        # Only if a whole segment was filled while the next one was made: waits for it, or makes it here.
+        self.prepare()
+        assert self._next is not None
         old = self._current
         self._current = self._next
         self._next = None

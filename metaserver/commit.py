@@ -16,7 +16,7 @@ from typing import Generic, NamedTuple, TypeVar
 import trio
 
 from metaserver import upkeep
-from metaserver.engine import Engine, EngineFailed, RunSync
+from metaserver.engine import Engine, EngineFailed, RunSync, is_cancellation
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.files import Files
 from metaserver.ids import IdsUsedUp
@@ -223,7 +223,8 @@ async def open_committer(
     """Starts the engine on a data directory (made ready if it is empty) and runs its tasks for the block.
 
     Raises ``start.DirectoryBusy``, ``store.CorruptStore``, ``replay.CorruptLog``, ``OSError``; from the block's own
-    end :class:`EngineFailed` (in an exception group). Leaving the block normally ends the epoch cleanly.
+    end :class:`EngineFailed` (in an exception group). Leaving the block normally, or by being cancelled, ends the
+    epoch cleanly; any other exception leaves what is in the log to the next start.
     """
     files = files or Files()
     options = options or Options()
@@ -236,8 +237,8 @@ async def open_committer(
             nursery.start_soon(committer.run, *(partial(chore, committer) for chore in chores))
             try:
                 yield committer
-            except trio.Cancelled:
-                ended = True
+            except BaseException as error:
+                ended = is_cancellation(error)
                 raise
             ended = True
             nursery.cancel_scope.cancel()

@@ -32,6 +32,13 @@ class EngineFailed(Exception):
     """The disk failed, or a file is damaged: this process must end without another reply."""
 
 
+def is_cancellation(error: BaseException) -> bool:
+    """Whether this is trio's cancellation and nothing else."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(trio.Cancelled)[1] is None
+    return isinstance(error, trio.Cancelled)
+
+
 class Engine:
     """One epoch of the metaserver's state. ``commit.Committer`` is what others use."""
 
@@ -83,9 +90,7 @@ class Engine:
         try:
             self.log.append(number, self.durable, session, operation, now_ns, rows)
         except LogFull:
-            if self.log_full:
-                raise DfsError(ErrorCode.NO_SPACE, "the metaserver's disk is full") from None
-            raise DfsError(ErrorCode.UNAVAILABLE, "the next segment of the changelog is not ready") from None
+            raise DfsError(ErrorCode.NO_SPACE, "the metaserver's disk is full") from None
         except OSError as error:
             raise self.fail(error) from error
         self.newest = number
@@ -242,10 +247,9 @@ class Engine:
             async with trio.open_nursery() as nursery:
                 for task in (self._keep_synced, self._keep_prepared, self._keep_checkpointed, *others):
                     nursery.start_soon(task)
-        except trio.Cancelled:
-            raise
         except BaseException as error:
-            self._failure = self._failure or error
+            if not is_cancellation(error):
+                self._failure = self._failure or error
             raise
 
     @property

@@ -179,6 +179,11 @@ def _decode_rows(body: bytes, count: int) -> dict[bytes, bytes | None] | None:
 
 def decode_segment(data: bytes, segment: int) -> Iterator[Record]:
     """All whole and undamaged records of a segment, in order, stepping over whatever else there is."""
+    return (record for record, _ in find_records(data, segment))
+
+
+def find_records(data: bytes, segment: int) -> Iterator[tuple[Record, int]]:
+    """:func:`decode_segment` with the offset at which each record ends."""
     seed = checksum_seed(segment)
     offset = FIRST_RECORD
     while True:
@@ -190,5 +195,5 @@ def decode_segment(data: bytes, segment: int) -> Iterator[Record]:
             if offset < 0:
                 return
         else:
-            record, offset = found
-            yield record
+            yield found
+            offset = found[1]
