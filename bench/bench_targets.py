@@ -168,10 +168,19 @@ class Ours(Target):
 class Private(Target):
     """Base of those that need an address beyond loopback."""
 
+    added = False
+
     def start(self) -> None:
         if PRIVATE_IP not in run("ip", "-o", "address", "show", "dev", "lo"):
             run("ip", "address", "add", f"{PRIVATE_IP}/32", "dev", "lo")
+            self.added = True
         super().start()
+
+    def stop(self) -> None:
+        super().stop()
+        # Targets are stopped in reverse order: whoever added the address is the last to need it.
+        if self.added:
+            run("ip", "address", "delete", f"{PRIVATE_IP}/32", "dev", "lo", check=False)
 
     def remount(self) -> None:
         """Mounts again after an unmount."""

@@ -61,9 +61,12 @@ def mount_of(path: str, table: list[Mount]) -> Mount | None:
 
 
 def is_dead(point: str) -> bool:
-    """Whether the process behind a FUSE mount is gone. Asks the filesystem, but only for the mountpoint itself."""
+    """Whether the process behind a FUSE mount is gone. Asks the filesystem, but only about itself.
+
+    Not with stat(2): the kernel may still know the answer.
+    """
     try:
-        os.stat(point)
+        os.statvfs(point)
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False

@@ -68,8 +68,7 @@ def verdict(status: Status) -> str:
     """One sentence: what a person who is woken at night has to know."""
     found = troubles(status)
     if found:
-        text = "; ".join(found)
-        return f"{text[0].upper()}{text[1:]}."
+        return f"Not healthy: {'; '.join(found)}."
     count = len(status.servers)
     servers = "the chunkserver is" if count == 1 else f"all {count} chunkservers are"
     copies = "1 copy" if status.copies == 1 else f"{status.copies} copies"

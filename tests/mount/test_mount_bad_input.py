@@ -136,11 +136,11 @@ def chunkserver(*words: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.usefixtures("still_works")
 def test_a_port_in_use(cluster: RealCluster, tmp_path: Path) -> None:
     ports = ("--listen", cluster.wanted.address, "--http", "127.0.0.1:0")
-    one_line(metaserver("--data", tmp_path / "m", *ports), "metaserver", cluster.wanted.address)
+    one_line(metaserver("--data", tmp_path / "m", *ports), "metaserver", str(cluster.wanted.port), "in use")
     words = ("--metaserver", f"127.0.0.1:{cluster.wanted.http_port}", "--key-file", cluster.layout.key_file)
     taken = f"127.0.0.1:{cluster.wanted.chunkserver_port(1)}"
     done = chunkserver("--data", tmp_path / "c", "--listen", taken, "--http", "127.0.0.1:0", *words)
-    one_line(done, "chunkserver", taken)
+    one_line(done, "chunkserver", taken.rpartition(":")[2])
 
 
 @pytest.mark.usefixtures("still_works")
@@ -236,7 +236,8 @@ def test_a_truncated_metadata_file(own_cluster: RealCluster) -> None:
     (own_cluster.mnt / "file").write_bytes(b"x" * 100_000)
     own_cluster.down()
     file = next(own_cluster.layout.server_data("metaserver").rglob("data.mdb"))
-    os.truncate(file, file.stat().st_size // 2)
+    # Long enough for its two meta pages only: the file is sparse, and most of it empty.
+    os.truncate(file, 3 * 4096)
     done = own_cluster.up(check=False)
     assert done.returncode == 1
     assert "recover" in done.stderr
@@ -348,7 +349,7 @@ def test_values_that_are_too_big(place: Path) -> None:
         os.setxattr(place / "file", "user.big", b"x" * (65 << 10))
     with pytest.raises(OSError, match=r"Numerical result out of range"):
         os.setxattr(place / "file", "user." + "x" * 256, b"x")
-    with (place / "file").open("ab") as file, pytest.raises(OSError, match=r"File too large"):
+    with (place / "file").open("ab") as file, pytest.raises(OSError, match=r"File too large|Invalid argument"):
         os.pwrite(file.fileno(), b"xx", (1 << 63) - 2)
 
 

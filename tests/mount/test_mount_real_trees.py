@@ -88,7 +88,7 @@ def make_sources(filled: Filled) -> None:
     os.utime(extra / "empty", ns=(1, 1_234_567_890_123_456_789))
     os.utime(extra / "symlink", ns=(5, 7), follow_symlinks=False)
     os.utime(extra, ns=(10**18, 10**18 + 1))
-    run("tar", "-cf", filled.archive, "-C", filled.source.parent, "source")
+    run("tar", "--format=posix", "-cf", filled.archive, "-C", filled.source.parent, "source")
     shutil.copytree(STDLIB / "test", filled.repository, ignore=shutil.ignore_patterns("__pycache__"))
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", "-C", str(filled.repository)]
     for words in (["init", "-q"], ["add", "-f", "-A"], ["commit", "-q", "-m", "everything"]):
