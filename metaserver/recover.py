@@ -88,7 +88,7 @@ class _Recovery:
         began = time.monotonic()
         segments = list_segments(self.directory / CHANGELOG_NAME)
         find_firsts(segments)
-        snapshot = self._lay_base(segments[0].header.previous if segments else None)
+        snapshot = self._lay_base(_log_start(segments))
         store = Store.open(self.target)
         try:
             replayed = self._replay(store, epoch_logs(segments, stored_position(store)))
@@ -117,7 +117,7 @@ class _Recovery:
             self.lines.append(f"started from snapshot {snapshot.path.name}")
             return snapshot.path.name
         if log_starts != (0, 0):
-            reason = "there is no changelog" if log_starts is None else f"the changelog only goes back to {log_starts}"
+            reason = "there is no changelog" if log_starts is None else f"the changelog only starts after {log_starts}"
             raise CorruptStore(f"no snapshot file is whole, and {reason}: restore a backup of the data directory")
         create_store(self.target)
         self.lines.append("started from nothing: the changelog is complete")
@@ -200,3 +200,11 @@ class _Recovery:
     def _clear(self, path: Path) -> None:
         path.unlink(missing_ok=True)
         path.with_name(path.name + "-lock").unlink(missing_ok=True)
+
+
+def _log_start(segments: list[KeptSegment]) -> Position | None:
+    """The change before the first in the log."""
+    if not segments:
+        return None
+    oldest = segments[0]
+    return Position(oldest.header.epoch, oldest.first - 1) if oldest.first > 1 else oldest.header.previous

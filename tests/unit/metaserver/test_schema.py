@@ -1,0 +1,88 @@
+"""Rows and keys as bytes: what is on disk today must be readable tomorrow."""
+
+import msgspec
+import pytest
+from engine_rows import golden
+
+from metaserver import schema
+from metaserver.schema import (
+    Boot,
+    Chunk,
+    Dentry,
+    ExtentRow,
+    Inode,
+    Listed,
+    PackedMessage,
+    PackedRow,
+    Replica,
+    Server,
+    Session,
+    StoredAnswer,
+    Task,
+    TaskKind,
+    Total,
+)
+
+ROWS: dict[str, PackedRow | Listed | PackedMessage] = {
+    "rows_inode.bin": Inode(
+        0o100644, 1000, 1001, 2, 1 << 40, 4096, -1, 10**18, 10**18 + 1, 10**18 + 2, 0x103, 1, 4, 5, 6, 7, 8, 9
+    ),
+    "rows_dentry.bin": Dentry(1 << 40, 17, 8),
+    "rows_listed.bin": Listed(1 << 40, 8, b"na\xffme"),
+    "rows_extent.bin": ExtentRow(1 << 33, 1 << 41, 1 << 25),
+    "rows_chunk.bin": Chunk(2, 1, 3, 2, 1 << 26, 1000, 0xDEADBEEF, 1 << 25, 5, 10**18, 6),
+    "rows_replica.bin": Replica(1, 0, 1 << 26, 1000, 0xDEADBEEF),
+    "rows_total.bin": Total(1 << 33, 0xDEADBEEF),
+    "rows_boot.bin": Boot(bytes(range(16)), True, False),
+    "rows_server.bin": Server("disk1", "host", 7000, 7001, "rack", ["ssd"], "/data", 1 << 40, True),
+    "rows_session.bin": Session("host", "/mnt", 123, 1, False, 10**18, 9),
+    "rows_answer.bin": StoredAnswer(b"\x95", 111, "withdrawn"),
+    "rows_task.bin": Task(TaskKind.TRUNCATE, 77, 4096),
+}
+
+KEYS = {
+    "inode": schema.inode_key(0x0102030405060708),
+    "dentry": schema.dentry_key(1, b"name"),
+    "listing": schema.listing_key(1, 2),
+    "xattr": schema.xattr_key(1, b"user.a"),
+    "extent": schema.extent_key(1, 2),
+    "by_chunk": schema.by_chunk_key(1, 2, 3, 4),
+    "chunk": schema.chunk_key(1),
+    "replica": schema.replica_key(1, 2),
+    "by_server": schema.by_server_key(2, 1),
+    "server": schema.server_key(2),
+    "session": schema.session_key(1),
+    "answer": schema.answer_key(1, 2),
+    "orphan": schema.orphan_key(1, 2),
+    "survived": schema.survived_key(3),
+    "totals": schema.totals_key(4),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_are_as_they_always_were(name: str) -> None:
+    row = ROWS[name]
+    assert row.pack() == golden(name)
+    assert type(row).unpack(golden(name)) == row
+
+
+def test_every_kind_of_row_has_its_golden_bytes() -> None:
+    kinds = {kind for base in (PackedRow, PackedMessage) for kind in base.__subclasses__()} | {Listed}
+    assert {type(row) for row in ROWS.values()} == kinds
+
+
+def test_keys_are_as_they_always_were() -> None:
+    lines = "".join(f"{name} {key.hex()}\n" for name, key in KEYS.items())
+    assert lines == golden("rows_keys.txt").decode()
+
+
+def test_the_spelled_out_row_has_its_fields_in_order() -> None:
+    row = Inode(*range(1, 19))
+    assert row.pack() == Inode.LAYOUT.pack(*msgspec.structs.astuple(row))
+
+
+def test_the_end_of_a_prefix() -> None:
+    assert schema.after(b"a") == b"b"
+    assert schema.after(b"a\xff\xff") == b"b"
+    prefix = schema.key_u64((1 << 64) - 2)
+    assert prefix + b"\xff" * 9 < schema.after(prefix) <= schema.key_u64((1 << 64) - 1)
