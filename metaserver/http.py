@@ -96,7 +96,8 @@ def make_app(
 
     async def show_file(request: Request) -> Response:
         try:
-            return json_reply(await status.file(_number(request, "ino")))
+            with _numbers():
+                return json_reply(await status.file(_number(request, "ino")))
         except DfsError as error:
             if error.code is ErrorCode.STALE_INODE:
                 raise DfsError(ErrorCode.NOT_FOUND, error.text) from None

@@ -3,6 +3,7 @@
 Blocking calls run inline, so that a mock clock never jumps past them.
 """
 
+import os
 import shutil
 import socket
 import stat
@@ -238,7 +239,7 @@ async def running(
 ) -> AsyncIterator[Running]:
     """A metaserver for the block; every invariant of its rows is checked at the end."""
     config = Config(data=str(directory), **more)
-    directory.mkdir(exist_ok=True)
+    os.makedirs(directory, exist_ok=True)
     async with open_committer(directory, run_sync=inline, boot_id=boot_id, options=SMALL) as committer:
         parts = Parts(committer, config, CLUSTER, random=Random(random))
         parts.load()

@@ -1,4 +1,4 @@
-"""Sessions: their return after a broken connection, a restart or a power cut; their end; and what others see of them."""
+"""Sessions: their return after a broken connection, a restart or a power cut; their end; what others see of them."""
 
 from pathlib import Path
 

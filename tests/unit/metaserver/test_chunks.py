@@ -1,0 +1,306 @@
+"""States of chunks and replicas, what reports do to them, and what is planned for them."""
+
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory_rows import MemoryRows
+
+from metaserver import chunks, planning, reports
+from metaserver.errors import DfsError, ErrorCode
+from metaserver.members import Members
+from metaserver.planning import Kind, Step
+from metaserver.protocol import ChunkProgress, ChunkState, ReplicaReport, ReplicaState, ServerState
+from metaserver.reports import Finding
+from metaserver.schema import Chunk, Replica, Server, Table
+
+SESSION = 3
+
+
+def sealed(tx: MemoryRows, servers: tuple[int, ...] = (1, 2), *, live: int = 10, length: int = 100) -> int:
+    chunk = chunks.allocate(tx, 0, SESSION, servers, 2)
+    chunks.progress(tx, SESSION, ChunkProgress(chunk, length, 4, 77))
+    row = find(tx, chunk)
+    row.live = live
+    chunks.seal(tx, chunk, row, ())
+    return chunk
+
+
+def find(tx: MemoryRows, chunk: int) -> Chunk:
+    row = chunks.find(tx, chunk)
+    assert row is not None
+    return row
+
+
+def states(tx: MemoryRows, chunk: int) -> dict[int, ReplicaState]:
+    return {server: ReplicaState(replica.state) for server, replica in chunks.replicas(tx, chunk)}
+
+
+def set_state(tx: MemoryRows, chunk: int, server: int, state: ReplicaState) -> None:
+    replica = dict(chunks.replicas(tx, chunk))[server]
+    replica.state = state
+    chunks.save_replica(tx, chunk, server, replica)
+
+
+def report(chunk: int, length: int = 100, entries: int = 4, chain: int = 77, *, sealed: bool = True, error: str = ""):
+    return ReplicaReport(chunk, length, entries, chain, sealed, error)
+
+
+def test_moves_of_chunks_and_replicas_are_tables() -> None:
+    for old in ChunkState:
+        for new in ChunkState:
+            row = Chunk(old, 0, 0, 2, 0, 0, 0, 0, 5, 0, 0)
+            if new in chunks.CHUNK_MOVES[old]:
+                chunks.move(row, new)
+                assert (row.state, row.owner) == (new, 0)
+            else:
+                with pytest.raises(DfsError):
+                    chunks.move(row, new)
+    for before in ReplicaState:
+        for after in ReplicaState:
+            replica = Replica(before, 0, 0, 0, 0)
+            if after is before or after in chunks.REPLICA_MOVES[before]:
+                chunks.move_replica(replica, after)
+                assert replica.state == after
+            else:
+                with pytest.raises(DfsError):
+                    chunks.move_replica(replica, after)
+
+
+def test_a_failed_replica_is_unsure_after_the_seal() -> None:
+    tx = MemoryRows()
+    chunk = chunks.allocate(tx, 0, SESSION, (1, 2), 2)
+    chunks.progress(tx, SESSION, ChunkProgress(chunk, 100, 4, 77))
+    row = find(tx, chunk)
+    row.live = 10
+    assert not chunks.seal(tx, chunk, row, [2, 9])
+    assert states(tx, chunk) == {1: ReplicaState.GOOD, 2: ReplicaState.UNSURE}
+    assert dict(chunks.replicas(tx, chunk))[1] == Replica(ReplicaState.GOOD, 0, 100, 4, 77)
+    with pytest.raises(DfsError) as caught:
+        chunks.require_owned(tx, chunk, SESSION)
+    assert caught.value.code is ErrorCode.NOT_OWNER
+
+
+def test_a_chunk_without_anything_in_it_is_dead_at_once() -> None:
+    tx = MemoryRows()
+    chunk = chunks.allocate(tx, 0, SESSION, (1, 2), 2)
+    assert chunks.seal(tx, chunk, find(tx, chunk), ())
+    assert find(tx, chunk).state == ChunkState.DEAD
+    chunks.drop_replica(tx, chunk, 1)
+    assert find(tx, chunk).state == ChunkState.DEAD
+    chunks.drop_replica(tx, chunk, 2)
+    assert not any(tx.tables[table] for table in (Table.CHUNKS, Table.REPLICAS, Table.BY_SERVER))
+
+
+def test_places_are_good_replicas_first_and_never_useless_ones() -> None:
+    tx = MemoryRows()
+    chunk = sealed(tx, (1, 2, 3, 4, 5))
+    set_state(tx, chunk, 1, ReplicaState.UNSURE)
+    set_state(tx, chunk, 2, ReplicaState.BAD)
+    set_state(tx, chunk, 3, ReplicaState.DELETING)
+    assert chunks.place(tx, chunk, lambda _: 0).servers == (4, 5, 1)
+    assert chunks.place(tx, chunk, lambda server: server == 4).servers == (5, 1, 4)
+
+
+# -- reports ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("told", "state", "finding"),
+    [
+        (report(1), ReplicaState.GOOD, Finding.FINE),
+        (report(1, sealed=False), ReplicaState.GOOD, Finding.UNSEALED),
+        (report(1, length=150, entries=6, chain=8, sealed=False), ReplicaState.GOOD, Finding.UNSEALED),
+        (report(1, length=99), ReplicaState.BAD, Finding.LOOK),
+        (report(1, chain=78), ReplicaState.BAD, Finding.LOOK),
+        (report(1, length=150, sealed=True), ReplicaState.BAD, Finding.LOOK),
+        (report(1, error="BAD_CHECKSUM"), ReplicaState.BAD, Finding.LOOK),
+    ],
+)
+def test_what_a_report_says_of_a_sealed_chunk(told: ReplicaReport, state: ReplicaState, finding: Finding) -> None:
+    tx = MemoryRows()
+    sealed(tx)
+    assert reports.apply_report(tx, 1, told) is finding
+    assert states(tx, 1)[1] is state
+
+
+def test_what_reports_say_of_an_open_chunk() -> None:
+    tx = MemoryRows()
+    chunk = chunks.allocate(tx, 0, SESSION, (1, 2), 2)
+    chunks.progress(tx, SESSION, ChunkProgress(chunk, 100, 4, 77))
+    # What is longer may have been committed to a metaserver that has lost it.
+    assert reports.apply_report(tx, 1, report(chunk, length=200, sealed=False)) is Finding.FINE
+    assert reports.apply_report(tx, 2, report(chunk, length=50, sealed=False)) is Finding.LOOK
+    assert states(tx, chunk) == {1: ReplicaState.GOOD, 2: ReplicaState.BAD}
+
+
+def test_reports_of_replicas_that_nobody_asked_for() -> None:
+    tx = MemoryRows()
+    chunk = sealed(tx)
+    assert reports.apply_report(tx, 9, report(1234)) is Finding.UNKNOWN
+    reports.apply_report(tx, 7, report(chunk))
+    reports.apply_report(tx, 8, report(chunk, length=5))
+    assert states(tx, chunk)[7] is ReplicaState.GOOD
+    assert states(tx, chunk)[8] is ReplicaState.BAD
+    row = find(tx, chunk)
+    row.live = 0
+    chunks.move(row, ChunkState.DEAD)
+    chunks.save(tx, chunk, row)
+    assert reports.apply_report(tx, 6, report(chunk)) is Finding.LOOK
+    assert states(tx, chunk)[6] is ReplicaState.DELETING
+
+
+def test_replicas_that_are_missing() -> None:
+    tx = MemoryRows()
+    first, second, third = sealed(tx), chunks.allocate(tx, 0, SESSION, (1, 2), 2), sealed(tx)
+    assert reports.missing_between(tx, 1, 0, 1 << 63, [first]) == [second, third]
+    assert reports.missing_between(tx, 1, first, second, []) == [second]
+    # Nothing was committed to the second: its first append may still come.
+    assert not reports.apply_missing(tx, 1, second)
+    assert reports.apply_missing(tx, 1, third)
+    assert states(tx, third)[1] is ReplicaState.BAD
+    assert not reports.apply_missing(tx, 1, third)
+    set_state(tx, first, 1, ReplicaState.DELETING)
+    assert reports.apply_missing(tx, 1, first)
+    assert 1 not in states(tx, first)
+    assert not reports.apply_missing(tx, 5, first)
+
+
+# -- plans -----------------------------------------------------------------------------------------------------------
+
+
+def servers(*up: int, down: tuple[int, ...] = (), lost: tuple[int, ...] = ()) -> Members:
+    members = Members(1.0, 60.0, Random(1))
+    for server in (*up, *down, *lost):
+        members.load(server, Server(f"s{server}", f"h{server}", 1, 1, "", [], "/d", 1 << 40), 0.0)
+        member = members.by_id[server]
+        member.free, member.listed = 1 << 40, True
+        member.state = ServerState.UP if server in up else ServerState.DOWN if server in down else ServerState.LOST
+    return members
+
+
+def plan(tx: MemoryRows, chunk: int, members: Members, suspects: set[tuple[int, int]] | None = None) -> Step | None:
+    return planning.plan(chunk, find(tx, chunk), chunks.replicas(tx, chunk), members, suspects or set())
+
+
+def test_a_healthy_chunk_and_an_open_one_need_nothing() -> None:
+    tx = MemoryRows()
+    assert plan(tx, sealed(tx), servers(1, 2, 3)) is None
+    assert plan(tx, chunks.allocate(tx, 0, SESSION, (1, 9), 2), servers(1, lost=(9,))) is None
+
+
+def test_a_lost_copy_is_made_again_from_a_good_one() -> None:
+    tx = MemoryRows()
+    chunk = sealed(tx)
+    assert plan(tx, chunk, servers(1, 3, down=(2,))) is None
+    assert plan(tx, chunk, servers(1, 3, lost=(2,))) == Step(Kind.COPY, 3, 1)
+    # Nowhere to go, or nothing to copy from.
+    assert plan(tx, chunk, servers(1, lost=(2,))) is None
+    assert plan(tx, chunk, servers(3, down=(1,), lost=(2,))) is None
+
+
+def test_a_source_must_have_reported_in_this_epoch() -> None:
+    tx = MemoryRows()
+    chunk = sealed(tx)
+    members = servers(1, 3, lost=(2,))
+    members.by_id[1].listed = False
+    assert plan(tx, chunk, members) is None
+
+
+def test_replicas_are_sealed_and_doubts_settled_before_they_are_copied() -> None:
+    tx = MemoryRows()
+    chunk = sealed(tx)
+    members = servers(1, 2, 3)
+    members.by_id[2].unsealed.add(chunk)
+    assert plan(tx, chunk, members) == Step(Kind.SEAL, 2)
+    members.by_id[2].unsealed.clear()
+    set_state(tx, chunk, 2, ReplicaState.UNSURE)
+    assert plan(tx, chunk, members) == Step(Kind.SEAL, 2)
+    assert plan(tx, chunk, members, {(chunk, 2)}) == Step(Kind.VERIFY, 2)
+
+
+def test_a_useless_replica_goes_when_there_are_enough_others() -> None:
+    tx = MemoryRows()
+    chunk = sealed(tx, (1, 2, 3))
+    set_state(tx, chunk, 3, ReplicaState.BAD)
+    assert plan(tx, chunk, servers(1, 2, 3)) == Step(Kind.DELETE, 3)
+    assert plan(tx, chunk, servers(1, 3, down=(2,))) is None
+    set_state(tx, chunk, 2, ReplicaState.BAD)
+    # A fourth server takes a copy first; without one, a useless replica makes room.
+    assert plan(tx, chunk, servers(1, 2, 3, 4)) == Step(Kind.COPY, 4, 1)
+    assert plan(tx, chunk, servers(1, 2, 3)) == Step(Kind.DELETE, 2)
+    set_state(tx, chunk, 1, ReplicaState.BAD)
+    assert plan(tx, chunk, servers(1, 2, 3, 4)) is None
+
+
+def test_a_surplus_replica_goes_only_if_enough_others_are_known_to_be_right() -> None:
+    tx = MemoryRows()
+    chunk = sealed(tx, (1, 2, 3))
+    members = servers(1, 2, 3)
+    members.by_id[2].free = 5
+    assert plan(tx, chunk, members) == Step(Kind.DELETE, 2)
+    members.by_id[1].listed = False
+    assert plan(tx, chunk, members) is None
+    assert plan(tx, chunk, servers(1, 2, down=(3,))) is None
+
+
+def test_orders_that_were_forgotten_are_given_again() -> None:
+    tx = MemoryRows()
+    chunk = sealed(tx, (1, 2))
+    chunks.add_replica(tx, chunk, 3, Replica(ReplicaState.COPYING, 0, 100, 4, 77))
+    set_state(tx, chunk, 2, ReplicaState.BAD)
+    assert plan(tx, chunk, servers(1, 2, 3)) == Step(Kind.COPY, 3, 1)
+    assert plan(tx, chunk, servers(1, 2, lost=(3,))) == Step(Kind.FORGET, 3)
+    set_state(tx, chunk, 2, ReplicaState.DELETING)
+    assert plan(tx, chunk, servers(1, 2, 3)) == Step(Kind.DELETE, 2)
+
+
+def test_a_dead_chunk_is_deleted_wherever_it_can_be() -> None:
+    tx = MemoryRows()
+    chunk = sealed(tx)
+    row = find(tx, chunk)
+    row.live = 0
+    chunks.move(row, ChunkState.DEAD)
+    chunks.save(tx, chunk, row)
+    assert plan(tx, chunk, servers(2, down=(1,))) == Step(Kind.DELETE, 2)
+    assert plan(tx, chunk, servers(3, down=(1,), lost=(2,))) is None
+
+
+replica_states = st.dictionaries(st.integers(1, 5), st.sampled_from(list(ReplicaState)), min_size=1)
+server_states = st.lists(st.sampled_from([ServerState.UP, ServerState.DOWN, ServerState.LOST]), min_size=5, max_size=5)
+
+
+@given(replica_states, server_states, st.sets(st.integers(1, 5)))
+@settings(max_examples=400)
+def test_no_plan_ever_endangers_a_chunk(
+    replicas: dict[int, ReplicaState], states: list[ServerState], listed: set[int]
+) -> None:
+    """Whatever is ordered: right copies on servers that are up never become fewer than wanted, nor none."""
+    tx = MemoryRows()
+    chunk = sealed(tx, tuple(replicas))
+    for server, state in replicas.items():
+        set_state(tx, chunk, server, state)
+    members = servers(1, 2, 3, 4, 5)
+    for server, state in enumerate(states, 1):
+        members.by_id[server].state = state
+        members.by_id[server].listed = server in listed
+    step = plan(tx, chunk, members)
+    if step is None:
+        return
+    right = {
+        server
+        for server, state in replicas.items()
+        if state is ReplicaState.GOOD and members.by_id[server].up and server in listed
+    }
+    if step.kind is Kind.FORGET:
+        assert replicas[step.server] is ReplicaState.COPYING
+        return
+    assert members.by_id[step.server].up
+    if step.kind is Kind.COPY:
+        assert step.source in right
+        assert replicas.get(step.server, ReplicaState.COPYING) is ReplicaState.COPYING
+    if step.kind is Kind.DELETE and replicas[step.server] is not ReplicaState.DELETING:
+        assert right - {step.server}
+        if replicas[step.server] is ReplicaState.GOOD:
+            assert len(right - {step.server}) >= 2

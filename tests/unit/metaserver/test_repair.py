@@ -1,0 +1,332 @@
+"""Orders from end to end: chunkservers that register, report and obey, and a metaserver that wants copies."""
+
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from running_metaserver import FakeServer, Mount, Running, running
+
+from metaserver import chunks, protocol
+from metaserver.errors import DfsError, ErrorCode
+from metaserver.protocol import ChunkState, OrderKind, OrderResult, ReplicaReport, ReplicaState, ReportPage
+from metaserver.schema import IdKind
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+class Obedient:
+    """Chunkservers that send heartbeats and carry their orders out, until stopped."""
+
+    def __init__(self, servers: list[FakeServer]) -> None:
+        self.servers = {server.number: server for server in servers}
+        self.stopped: set[int] = set()
+        self.done: list[tuple[OrderKind, int, int]] = []
+        self.fail: dict[tuple[OrderKind, int], str] = {}
+
+    async def run(self, seconds: int) -> None:
+        results: dict[int, list[OrderResult]] = {number: [] for number in self.servers}
+        for _ in range(seconds):
+            for number, server in self.servers.items():
+                if number not in self.stopped:
+                    await server.beat(results=results[number])
+                    results[number] = [self.obey(server, order) for order in server.orders]
+            await trio.sleep(1)
+
+    def obey(self, server: FakeServer, order: protocol.Order) -> OrderResult:
+        self.done.append((order.kind, order.chunk, server.number))
+        error = self.fail.get((order.kind, server.number), "")
+        if error:
+            return OrderResult(order.order, order.epoch, error, "as told", server.replicas.get(order.chunk))
+        replica = ReplicaReport(order.chunk, order.length, order.entries, order.chain, True)
+        if order.kind == OrderKind.DELETE:
+            server.replicas.pop(order.chunk, None)
+            return OrderResult(order.order, order.epoch, "")
+        if order.kind == OrderKind.COPY:
+            assert order.chunk in self.servers[order.source_server].replicas
+        server.replicas[order.chunk] = replica
+        return OrderResult(order.order, order.epoch, "", "", replica)
+
+
+def states(metaserver: Running, chunk: int) -> dict[int, ReplicaState]:
+    found, _ = metaserver.committer.read(0, lambda tx: chunks.replicas(tx, chunk))
+    return {server: ReplicaState(replica.state) for server, replica in found}
+
+
+def state(metaserver: Running, chunk: int) -> ChunkState | None:
+    row, _ = metaserver.committer.read(0, lambda tx: chunks.find(tx, chunk))
+    return None if row is None else row.status
+
+
+async def written(
+    mount: Mount, servers: dict[int, FakeServer], name: bytes = b"f", failed: tuple[int, ...] = ()
+) -> int:
+    """A sealed chunk with a file in it; the replicas are as an append leaves them."""
+    ino = await mount.make(name)
+    allocated = await mount.allocate()
+    await mount.write(ino, allocated.chunk, 100)
+    for address in allocated.servers:
+        if address.server not in failed:
+            servers[address.server].replicas[allocated.chunk] = ReplicaReport(allocated.chunk, 100, 1, 77, False)
+    await mount.call(protocol.SEAL, protocol.Seal(allocated.chunk, failed))
+    return allocated.chunk
+
+
+async def three(metaserver: Running) -> tuple[Mount, Obedient]:
+    servers = [await metaserver.server(number) for number in (1, 2, 3)]
+    return await metaserver.mount(), Obedient(servers)
+
+
+async def test_a_chunk_is_sealed_on_its_servers_and_deleted_after_its_last_byte(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running(data, delete_grace_seconds=50.0) as metaserver:
+        mount, servers = await three(metaserver)
+        chunk = await written(mount, servers.servers)
+        places = sorted(states(metaserver, chunk))
+        await servers.run(8)
+        assert sorted(servers.done) == [(OrderKind.SEAL, chunk, server) for server in places]
+        assert not any(member.unsealed for member in metaserver.parts.members.by_id.values())
+        await mount.unlink(b"f")
+        assert state(metaserver, chunk) is ChunkState.DEAD
+        await servers.run(40)
+        assert len(servers.done) == 2
+        await servers.run(30)
+        assert sorted(servers.done[2:]) == [(OrderKind.DELETE, chunk, server) for server in places]
+        assert state(metaserver, chunk) is None
+        assert len(metaserver.parts.repair) == 0
+
+
+async def test_a_lost_server_is_replaced_and_its_surplus_deleted_when_it_returns(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running(data, lost_after_seconds=20.0, session_deadline_seconds=1e6) as metaserver:
+        mount, servers = await three(metaserver)
+        wanted = [await written(mount, servers.servers, b"%d" % number) for number in range(6)]
+        await servers.run(20)
+        servers.stopped.add(1)
+        await servers.run(10)
+        assert not any(kind is OrderKind.COPY for kind, _, _ in servers.done)
+        await servers.run(30)
+        for chunk in wanted:
+            good = {server for server, each in states(metaserver, chunk).items() if each is ReplicaState.GOOD}
+            assert {2, 3} <= good
+        health = await metaserver.parts.status.health()
+        assert (health.total, health.healthy, health.too_few) == (6, 6, 0)
+        servers.stopped.clear()
+        await servers.servers[1].start()
+        await servers.run(30)
+        for chunk in wanted:
+            assert len(states(metaserver, chunk)) == 2
+            assert sum(chunk in server.replicas for server in servers.servers.values()) == 2
+
+
+async def test_a_failed_replica_is_settled_by_sealing_it_or_given_up(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running(data) as metaserver:
+        mount, servers = await three(metaserver)
+        allocated = await mount.allocate()
+        ino = await mount.make(b"f")
+        await mount.write(ino, allocated.chunk, 100)
+        first, second = (address.server for address in allocated.servers)
+        chunk = allocated.chunk
+        servers.servers[first].replicas[chunk] = ReplicaReport(chunk, 100, 1, 77, False)
+        servers.fail[(OrderKind.SEAL, second)] = ErrorCode.WRONG_OFFSET.name
+        await mount.call(protocol.SEAL, protocol.Seal(chunk, (second,)))
+        assert states(metaserver, chunk)[second] is ReplicaState.UNSURE
+        await servers.run(60)
+        (third,) = {1, 2, 3} - {first, second}
+        assert states(metaserver, chunk) == {first: ReplicaState.GOOD, third: ReplicaState.GOOD}
+        assert (OrderKind.COPY, chunk, third) in servers.done
+        assert (OrderKind.DELETE, chunk, second) in servers.done
+
+
+async def test_a_replica_that_a_mount_doubts_is_verified(data: Path, autojump_clock: trio.testing.MockClock) -> None:
+    async with running(data) as metaserver:
+        mount, servers = await three(metaserver)
+        chunk = await written(mount, servers.servers)
+        await servers.run(8)
+        right, wrong = sorted(states(metaserver, chunk))
+        servers.fail[(OrderKind.VERIFY, wrong)] = ErrorCode.BAD_CHECKSUM.name
+        for server in (right, wrong):
+            doubt = protocol.ReportReplica(chunk, server, ErrorCode.BAD_CHECKSUM, "a block differs")
+            await mount.call(protocol.REPORT_REPLICA, doubt)
+        assert set(states(metaserver, chunk).values()) == {ReplicaState.UNSURE}
+        # Out of reach is not wrong.
+        await mount.call(protocol.REPORT_REPLICA, protocol.ReportReplica(chunk, right, ErrorCode.UNAVAILABLE, ""))
+        servers.done.clear()
+        await servers.run(60)
+        assert (OrderKind.VERIFY, chunk, right) in servers.done
+        assert (OrderKind.VERIFY, chunk, wrong) in servers.done
+        assert states(metaserver, chunk)[right] is ReplicaState.GOOD
+        assert wrong not in states(metaserver, chunk)
+        assert list(states(metaserver, chunk).values()) == [ReplicaState.GOOD] * 2
+
+
+async def test_copies_are_limited_and_failed_ones_tried_again(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running(data, lost_after_seconds=5.0, copies_per_server=2, session_deadline_seconds=1e6) as metaserver:
+        mount, servers = await three(metaserver)
+        wanted = [await written(mount, servers.servers, b"%d" % number) for number in range(12)]
+        await servers.run(40)
+        # Every copy fails, for a while.
+        for server in (1, 2, 3):
+            servers.fail[(OrderKind.COPY, server)] = ErrorCode.UNAVAILABLE.name
+        servers.stopped.add(3)
+        hurt = [chunk for chunk in wanted if 3 in states(metaserver, chunk)]
+        for _ in range(20):
+            await servers.run(1)
+            for server in (1, 2):
+                copies = [order for order in servers.servers[server].orders if order.kind == OrderKind.COPY]
+                assert len(copies) <= 2
+        assert any(kind is OrderKind.COPY for kind, _, _ in servers.done)
+        servers.fail.clear()
+        await servers.run(60)
+        for chunk in hurt:
+            good = [server for server, each in states(metaserver, chunk).items() if each is ReplicaState.GOOD]
+            assert set(good) >= {1, 2}
+
+
+async def test_orders_are_repeated_until_their_result_comes(data: Path, autojump_clock: trio.testing.MockClock) -> None:
+    async with running(data) as metaserver:
+        mount, servers = await three(metaserver)
+        chunk = await written(mount, servers.servers)
+        first, _ = sorted(states(metaserver, chunk))
+        server = servers.servers[first]
+        await trio.sleep(2.1)
+        orders = []
+        for _ in range(3):
+            await server.beat()
+            orders.append(server.orders)
+        assert orders[0] == orders[1] == orders[2]
+        (order,) = orders[0]
+        assert (order.kind, order.chunk, order.length, order.entries, order.chain) == (
+            OrderKind.SEAL,
+            chunk,
+            100,
+            1,
+            77,
+        )
+        assert order.epoch == metaserver.committer.epoch
+        # Results of another server, of another epoch, or of orders long gone change nothing.
+        other = servers.servers[sorted(states(metaserver, chunk))[1]]
+        await other.beat(results=[OrderResult(order.order, order.epoch, "")])
+        await server.beat(results=[OrderResult(order.order, order.epoch + 1, ""), OrderResult(999, order.epoch, "")])
+        assert server.orders == [order]
+        await server.beat(results=[servers.obey(server, order)])
+        assert server.orders == []
+
+
+async def test_what_is_missing_or_different_at_a_registration(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running(data) as metaserver:
+        mount, servers = await three(metaserver)
+        one = await written(mount, servers.servers, b"1")
+        two = await written(mount, servers.servers, b"2")
+        await servers.run(20)
+        holder = servers.servers[sorted(states(metaserver, one))[0]]
+        del holder.replicas[one]
+        if two in holder.replicas:
+            holder.replicas[two] = ReplicaReport(two, 100, 1, 99, True)
+        await holder.start()
+        assert states(metaserver, one)[holder.number] is ReplicaState.BAD
+        assert states(metaserver, two).get(holder.number, ReplicaState.BAD) is ReplicaState.BAD
+        # It turns up again, and is right.
+        await holder.beat(changes=[ReplicaReport(one, 100, 1, 77, True)])
+        assert states(metaserver, one)[holder.number] is ReplicaState.GOOD
+        await holder.beat(gone=[one])
+        assert states(metaserver, one)[holder.number] is ReplicaState.BAD
+
+
+async def test_replicas_of_unknown_chunks_go_only_when_nobody_can_know_them(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running(data) as metaserver:
+        await metaserver.mount()
+        limit = metaserver.committer.id_limit(IdKind.CHUNK)
+    async with running(
+        data, delete_grace_seconds=20.0, session_deadline_seconds=100.0, window_seconds=1.0
+    ) as metaserver:
+        server = await metaserver.server(1)
+        known_soon, later = 5, limit + 10_000
+        server.replicas = {number: ReplicaReport(number, 5, 1, 1, True) for number in (known_soon, later)}
+        await server.start()
+        servers = Obedient([server])
+        # The session of the epoch before has not returned: it may have made the chunk.
+        await servers.run(90)
+        assert servers.done == []
+        await servers.run(60)
+        assert metaserver.parts.sessions.by_id == {}
+        # The id that was never given out stays: it is proof of a rollback, not garbage.
+        assert servers.done == [(OrderKind.DELETE, known_soon, 1)]
+
+
+async def test_a_server_that_has_seen_more_makes_everything_read_only(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running(data, delete_grace_seconds=0.0) as metaserver:
+        mount, servers = await three(metaserver)
+        chunk = await written(mount, servers.servers)
+        await mount.unlink(b"f")
+        ahead = servers.servers[1]
+        ahead.highest_epoch = metaserver.committer.epoch + 1
+        await ahead.start()
+        assert metaserver.parts.changes.refusing
+        assert await mount.fails(protocol.MAKE, protocol.Make(1, b"g", 0o100644, 0, 0)) is ErrorCode.READ_ONLY
+        assert (await mount.lookup(b".")).attributes.ino == 1
+        await servers.run(30)
+        assert servers.done == []
+        assert state(metaserver, chunk) is ChunkState.DEAD
+        assert "recover --advance" in (await metaserver.parts.status.status()).read_only
+        stranger = await metaserver.connect()
+        request = protocol.OpenSession(0, "", "", 1, b"/", False)
+        assert await stranger.fails(protocol.OPEN_SESSION, request) is ErrorCode.READ_ONLY
+
+
+async def test_pages_of_a_listing_come_in_order(data: Path) -> None:
+    async with running(data) as metaserver:
+        server = await metaserver.server(1)
+        server.incarnation += 1
+        await metaserver.parts.control.register(server.register_message())
+
+        async def refused(incarnation: int, page: int, chunks: list[int]) -> ErrorCode:
+            listing = [ReplicaReport(chunk, 1, 1, 1, True) for chunk in chunks]
+            with pytest.raises(DfsError) as caught:
+                await metaserver.parts.control.report(1, ReportPage(incarnation, page, False, listing))
+            return caught.value.code
+
+        assert await refused(server.incarnation - 1, 0, [1]) is ErrorCode.STALE_SESSION
+        assert await refused(server.incarnation, 1, [1]) is ErrorCode.INVALID
+        assert await refused(server.incarnation, 0, [2, 1]) is ErrorCode.INVALID
+        # Without its listing, a heartbeat makes nobody UP.
+        assert (await server.beat()).register_again
+        report = metaserver.parts.control.report
+        first = [ReplicaReport(chunk, 1, 1, 1, True) for chunk in (1, 2)]
+        await report(1, ReportPage(server.incarnation, 0, False, first))
+        assert await refused(server.incarnation, 1, [2, 3]) is ErrorCode.INVALID
+        await report(1, ReportPage(server.incarnation, 1, True, []))
+        assert not (await server.beat()).register_again
+        assert metaserver.parts.members.by_id[1].up
+
+
+async def test_a_metaserver_that_restarts_asks_for_everything_again(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running(data) as metaserver:
+        server = await metaserver.server(1)
+        mount = await metaserver.mount()
+        await mount.allocate()
+    async with running(data, window_seconds=2.0) as metaserver:
+        server.control = metaserver.parts.control
+        assert metaserver.parts.members.by_id[1].state is protocol.ServerState.DOWN
+        assert metaserver.parts.members.by_id[1].reserved == protocol.CHUNK_CAPACITY
+        assert (await server.beat()).register_again
+        await server.start()
+        assert metaserver.parts.members.by_id[1].up
+        assert metaserver.parts.members.by_id[1].reserved == protocol.CHUNK_CAPACITY
