@@ -58,12 +58,13 @@ class Requests(Protocol):
 class Sent:
     """Appends on their way, and the state of the chunk after them."""
 
-    __slots__ = ("_appends", "_chunk", "progress")
+    __slots__ = ("_appends", "_chunk", "progress", "started")
 
     def __init__(self, chunk: "OpenChunk", appends: list[tuple[Waitable[Answer[AppendReply]], ChunkProgress]]) -> None:
         self._chunk = chunk
         self._appends = appends
         self.progress = appends[-1][1]
+        self.started = trio.current_time()
 
     async def acknowledged(self) -> Failure | None:
         """Waits for all answers; None if every replica has everything on stable storage."""

@@ -210,7 +210,7 @@ class Fetcher:
         if self._shunned.get(key, 0.0) <= now:
             self._jobs.start(self._report, fetch.chunk, server, error)
         self._shunned[key] = now + SHUN_SECONDS
-        if fetch.error is None or error.code is not ErrorCode.NO_SUCH_CHUNK:
+        if fetch.error is None or _hope(error) > _hope(fetch.error):
             fetch.error = error
         if fetch.candidates:
             self._ask_next(fetch)
@@ -269,6 +269,13 @@ class Fetcher:
                     self.hedges += 1
                     self._ask_next(fetch)
             await trio.sleep(HEDGE_LEAST_SECONDS / 2)
+
+
+def _hope(error: DfsError) -> int:
+    """Which error of several replicas to tell: one that is away may come back with the right bytes."""
+    if error.code in (ErrorCode.UNAVAILABLE, ErrorCode.TIMEOUT):
+        return 2
+    return 0 if error.code is ErrorCode.NO_SUCH_CHUNK else 1
 
 
 def _run_of(blocks: Blocks) -> Run | None:

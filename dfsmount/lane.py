@@ -39,7 +39,7 @@ WINDOW_BYTES = 8 << 20
 SMALL_BATCHES = 2
 SMALL_BYTES = 256 << 10
 FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.05, 2.0
-LONGEST_APPEND_SECONDS = 20.0
+LONGEST_APPEND_SECONDS = 40.0
 # Giving up takes at least so many attempts, however long each took.
 LEAST_ATTEMPTS = 4
 COMMIT_SECONDS = 30.0
@@ -134,6 +134,9 @@ class Lane:
         # Since when and how often in a row it has failed; both are reset by a success.
         self._failing_since: float | None = None
         self._failures = 0
+        # How long an append may take: doubled by a time-out, until answers come quickly again. Disks that are slow
+        # for everybody must not end one chunk after the other.
+        self._append_seconds = writer.append_seconds
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -191,9 +194,8 @@ class Lane:
 
     def _send(self, batch: Batch, chunk: OpenChunk) -> None:
         batch.chunk, batch.at = chunk, chunk.length
-        timeout = min(self._writer.append_seconds * 2**self._failures, LONGEST_APPEND_SECONDS)
         blocks = [block for item in batch.items for block in item.blocks]
-        batch.sent = chunk.append(blocks, self._writer.counters, timeout)
+        batch.sent = chunk.append(blocks, self._writer.counters, self._append_seconds)
         self._sent.append(batch)
         self._has_sent.set()
         # A chunk half full within seconds is part of a stream that will need the next one soon.
@@ -238,7 +240,6 @@ class Lane:
             batch = self._todo.popleft()
             log.error("written data is given up", lane=self.number, bytes=batch.length, error=str(error))
             self._drop(batch, error)
-        self._release_owner()
 
     def _drop(self, batch: Batch, error: DfsError) -> None:
         lost = _lost(error)
@@ -260,6 +261,8 @@ class Lane:
                 continue
             if failure is None:
                 self._failing_since, self._failures = None, 0
+                if trio.current_time() < batch.sent.started + self._writer.append_seconds / 2:
+                    self._append_seconds = self._writer.append_seconds
                 self._answered.append(self._sent.popleft())
                 self._has_answered.set()
             else:
@@ -273,6 +276,8 @@ class Lane:
         chunk.blamed = failure.servers
         # A time-out with nobody to blame: any of them may be the slow one.
         self._writer.supply.avoid(failure.servers or chunk.servers)
+        if failure.error.code is ErrorCode.TIMEOUT:
+            self._append_seconds = min(2 * self._append_seconds, LONGEST_APPEND_SECONDS)
         if self._failing_since is None:
             self._failing_since = trio.current_time()
         self._failures += 1
@@ -302,7 +307,6 @@ class Lane:
                 await blocker.settled.park()
                 continue
             await self._commit_group(group)
-            self._release_owner()
 
     async def _commit_group(self, group: list[Batch]) -> None:
         items = [(batch, item, extents) for batch in group for item, extents in batch.file_commits()]
@@ -384,11 +388,6 @@ class Lane:
         cost = item.layer.cost
         if item.file.dropped(item.layer, error):
             self._writer.settled(item.file, cost)
-
-    def _release_owner(self) -> None:
-        if self.owner is not None and not self.owner.is_dirty:
-            self.owner.lane = 0
-            self.owner = None
 
 
 def _lost(error: DfsError) -> DfsError:

@@ -30,8 +30,8 @@ class Delays:
 class Schedule:
     """Files with bytes to send.
 
-    Invariants: a file with bytes that are not taken is in ``_ready`` (some closed layer is not taken), ``_closed`` or
-    ``_aging`` (with the time at which it is due), and only in the first if it is in several. The values of ``_aging``
+    Invariants: a file with bytes that are not taken is in ``_ready`` (some closed layer is not taken), or ``_aging``
+    (with the time at which it is due). ``_closed`` has some of the files of ``_aging``. The values of ``_aging``
     and ``_closed`` ascend, because files enter at the end.
     """
 
@@ -43,7 +43,7 @@ class Schedule:
         self._aging: dict[FileState, float] = {}
 
     def written(self, file: FileState, now: float, *, full: bool) -> bool:
-        """Notes a write; whether there is something new to do: a layer to send, or a first time-out to wait for."""
+        """Notes a write; whether there is something new to do: a layer to send, or a first file that waits."""
         if full:
             self._ready[file] = None
             return True
@@ -55,8 +55,7 @@ class Schedule:
     def want(self, file: FileState) -> None:
         """All bytes of ``file`` are to be sent now."""
         self._aging.pop(file, None)
-        if self._closed.pop(file, None) is not None and not self._closed:
-            self._closed_cost = 0
+        self._leave_closed(file)
         file.dirty.close()
         if file.dirty.waiting() is not None:
             self._ready[file] = None
@@ -66,23 +65,35 @@ class Schedule:
             self.want(file)
 
     def closed(self, file: FileState, now: float) -> bool:
-        """The file's last handle was closed; whether something is to be done now or there is a first time-out."""
+        """A handle of the file was closed; whether enough has gathered by that to be sent."""
         if file not in self._aging:
             return False
-        self._closed.setdefault(file, now + self._delays.gather_seconds)
-        self._closed_cost += file.dirty.cost
-        if self._closed_cost >= GATHER_BYTES or len(self._closed) >= GATHER_FILES:
-            for each in [*self._closed]:
-                self.want(each)
-            return True
-        return len(self._closed) == 1
+        if file not in self._closed:
+            self._closed[file] = now + self._delays.gather_seconds
+            self._closed_cost += file.dirty.cost
+        if self._closed_cost < GATHER_BYTES and len(self._closed) < GATHER_FILES:
+            return False
+        for each in [*self._closed]:
+            self.want(each)
+        return True
 
-    def due(self, now: float) -> float:
-        """Makes ready what has waited long enough; the time of the next call, infinity if nothing waits."""
-        for waiting in (self._closed, self._aging):
-            while waiting and (file := next(iter(waiting))) and waiting[file] <= now:
+    @property
+    def waits(self) -> bool:
+        """Whether something becomes ready by the passing of time."""
+        return bool(self._aging)
+
+    def expire(self, now: float) -> bool:
+        """Makes ready what has waited long enough; whether there was any."""
+        found = False
+        if self._closed and next(iter(self._closed.values())) <= now:
+            # All of them: one after another, each would get a batch of its own.
+            for file in [*self._closed]:
                 self.want(file)
-        return min((next(iter(waiting.values())) for waiting in (self._closed, self._aging) if waiting), default=1e300)
+            found = True
+        while self._aging and (file := next(iter(self._aging))) and self._aging[file] <= now:
+            self.want(file)
+            found = True
+        return found
 
     def pick(self, lane: int, room: int) -> Chosen:
         """Takes layers for a batch of ``lane``, in the order in which they became ready: at most ``room`` bytes unless
@@ -109,7 +120,7 @@ class Schedule:
         total = 0
         for file in self._ready:
             if file.lane == lane and not file.held:
-                total += file.dirty.cost
+                total += file.dirty.unsent
                 if total >= enough:
                     return True
         return False
@@ -117,5 +128,10 @@ class Schedule:
     def forget(self, file: FileState) -> None:
         """Nothing of this file is to be sent any more, or all of it is taken."""
         self._ready.pop(file, None)
-        self._closed.pop(file, None)
         self._aging.pop(file, None)
+        self._leave_closed(file)
+
+    def _leave_closed(self, file: FileState) -> None:
+        """The cost of what remains is not known exactly (files grow after their close); it is 0 when none remains."""
+        if self._closed.pop(file, None) is not None:
+            self._closed_cost = max(0, self._closed_cost - file.dirty.cost) if self._closed else 0

@@ -27,6 +27,8 @@ log = structlog.get_logger(__name__)
 # Written in order so far: from here on a file is a stream and gets a lane of its own while one is free.
 STREAM_BYTES = 8 << 20
 LANES = 4
+# Time-outs are kept to within this.
+TICK_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class WriterOptions:
     append_seconds: float = 5.0
     give_up_seconds: float = 30.0
     no_space_seconds: float = 2.0
-    idle_seconds: float = 300.0
+    idle_seconds: float = 60.0
 
 
 class Writer:
@@ -104,8 +106,7 @@ class Writer:
     def flush_soon(self, file: FileState) -> None:
         """The file was closed: sends it within moments, together with others."""
         if self.schedule.closed(file, trio.current_time()):
-            self._wake(file)
-            self._timer.set()
+            self._wake_all()
 
     async def truncate_local(self, file: FileState, size: int) -> None:
         """Before a truncate is sent: what is in flight is committed first, what is dirty past ``size`` is dropped.
@@ -227,6 +228,9 @@ class Writer:
         if not file.dirty:
             self._files.pop(file, None)
             self.schedule.forget(file)
+            if file.lane:
+                self.lanes[file.lane].owner = None
+                file.lane = 0
         if self._memory and cost:
             self._memory.unpark_all()
 
@@ -236,11 +240,14 @@ class Writer:
         """Makes ready what has waited long enough, and seals chunks that nothing is written to."""
         idle_check = trio.current_time() + self.options.idle_seconds
         while True:
-            due = self.schedule.due(trio.current_time())
-            self._wake_all()
-            with trio.move_on_at(min(due, idle_check)):
-                await self._timer.wait()
+            if self.schedule.waits:
+                await trio.sleep(TICK_SECONDS)
+            else:
+                with trio.move_on_at(idle_check):
+                    await self._timer.wait()
             now = trio.current_time()
+            if self.schedule.expire(now):
+                self._wake_all()
             if now >= idle_check:
                 self._retire_idle(now - self.options.idle_seconds)
                 idle_check = now + self.options.idle_seconds

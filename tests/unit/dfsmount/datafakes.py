@@ -33,11 +33,13 @@ from metaserver.protocol import (
     ChunkPlace,
     Commit,
     Committed,
-    Entry as FileEntry,
     Extent,
     FileMap,
     ServerAddress,
     SetAttributes,
+)
+from metaserver.protocol import (
+    Entry as FileEntry,
 )
 from metaserver.wire import Empty, Method, Response
 
@@ -244,9 +246,7 @@ class FakeMeta:
     def create(self) -> FileEntry:
         self._next += 1
         now = self.now_ns()
-        self.files[self._next] = Attributes(
-            self._next, 0o100644, 0, 0, 1, 0, 0, now, now, now, now, 0, 0, 0, 0, 0
-        )
+        self.files[self._next] = Attributes(self._next, 0o100644, 0, 0, 1, 0, 0, now, now, now, now, 0, 0, 0, 0, 0)
         self.maps[self._next] = ExtentMap()
         return FileEntry(self.files[self._next])
 

@@ -52,7 +52,9 @@ def test_parts_continue_the_chunk(sizes: list[tuple[int, int]]) -> None:
         assert len(found) == part.blocks <= APPEND_ENTRIES
         stored, chain = stored + part.length, part.chain
         entries += found
-    assert [(e.ino, e.file_offset, e.stored_length, e.crc) for e in entries] == [(3, b.offset, b.length, b.crc) for b in blocks]
+    assert [(e.ino, e.file_offset, e.stored_length, e.crc) for e in entries] == [
+        (3, b.offset, b.length, b.crc) for b in blocks
+    ]
     assert [(e.stamp_session, e.stamp_counter) for e in entries] == [(5, 10 + index) for index in range(len(blocks))]
 
 

@@ -1,5 +1,7 @@
 """The map of a file against a list that says for each byte where it is."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,7 +61,7 @@ def check(known: ExtentMap) -> None:
     extents = list(known)
     assert len(extents) == len(known)
     assert known.chunks() == {extent.chunk for extent in extents}
-    for left, right in zip(extents, extents[1:], strict=False):
+    for left, right in pairwise(extents):
         end = left.file_offset + left.length
         assert end <= right.file_offset
         continues = left.chunk == right.chunk and left.chunk_offset + left.length == right.chunk_offset

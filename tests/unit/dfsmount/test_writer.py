@@ -183,7 +183,7 @@ async def test_failures_again_and_again_in_a_stream(autojump_clock: trio.testing
     async with open_bench(servers=5) as bench:
         file = bench.create()
         expected = b""
-        for number in range(60):
+        for number in range(30):
             if number % 7 == 3:
                 bench.pool.servers[number % 5 + 1].troubles.append(list(Trouble)[number % 3])
             await bench.writer.write(file, number * MIB, part(MIB, number))
@@ -209,7 +209,7 @@ async def test_a_server_that_stays_down_is_avoided(autojump_clock: trio.testing.
 
 async def test_no_space_comes_at_write(autojump_clock: trio.testing.MockClock) -> None:
     async with open_bench() as bench:
-        bench.meta.space = 3 * (64 << 20)
+        bench.meta.space = 2 * (64 << 20)
         file = bench.create()
         written = 0
         with pytest.raises(DfsError) as raised:
@@ -217,7 +217,7 @@ async def test_no_space_comes_at_write(autojump_clock: trio.testing.MockClock) -
                 await bench.writer.write(file, written, part(MIB, 5))
                 written += MIB
         assert raised.value.code is ErrorCode.NO_SPACE
-        assert written > 100 * MIB
+        assert written > 50 * MIB
         await bench.writer.flush(file)
         assert file.error is None
         assert bench.meta.files[file.ino].size == written
