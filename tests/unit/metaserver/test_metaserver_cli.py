@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
+from typer.testing import CliRunner
 
-from metaserver import identity
+from metaserver import cli, identity
 from metaserver.config import Config, ConfigError, load, parse_address, with_flags
 from metaserver.identity import DataDirectoryError
+from metaserver.serve import StartError, serve
 
 ANYWHERE = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0")
 
@@ -103,15 +106,19 @@ def test_it_survives_being_killed(tmp_path: Path) -> None:
     assert second.stop(signal.SIGINT) == 0
 
 
-def test_a_port_in_use(tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["listen_port", "http_port"])
+async def test_a_port_in_use(tmp_path: Path, which: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        for flags in (("--listen", address, "--http", "127.0.0.1:0"), ("--listen", "127.0.0.1:0", "--http", address)):
-            code, _, errors = run("--data", str(tmp_path / "data"), *flags)
-            assert code == 1
-            assert one_line(errors).startswith(f"port {taken.getsockname()[1]} on 127.0.0.1 is in use")
+        port = taken.getsockname()[1]
+        ports = {"listen_port": 0, "http_port": 0, which: port}
+        with pytest.RaisesGroup(
+            pytest.RaisesExc(StartError, match=f"port {port} on 127.0.0.1 is in use"),
+            allow_unwrapped=True,
+            flatten_subgroups=True,
+        ):
+            await serve(with_flags(Config(data=str(tmp_path / "data")), ports), trio.Event())
 
 
 def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,9 +151,9 @@ def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_wrong_arguments(arguments: tuple[str, ...], text: str) -> None:
-    code, _, errors = run(*arguments)
-    assert code == 1
-    assert text in one_line(errors)
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 1
+    assert text in one_line(done.stderr)
 
 
 # -- without a process -----------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ async def test_check_snapshot_and_metrics(data: Path) -> None:
         report = msgspec.json.decode((await client.get("/v1/check")).content, type=protocol.CheckReport)
         assert report.problems == []
         made = (await client.post("/v1/snapshot")).json()
-        assert Path(made["path"]).is_file()
+        assert await trio.Path(made["path"]).is_file()
         text = (await client.get("/metrics")).text
         assert 'metaserver_requests_total{method="lookup"} 1.0' in text
         assert "metaserver_sessions 1.0" in text
