@@ -21,7 +21,7 @@ from chunkserver.disk import Disk, raise_descriptor_limit
 from chunkserver.identity import Identity, open_directory
 from chunkserver.node import Node
 from chunkserver.report import Reporter
-from metaserver import httpserver, transport
+from metaserver import httpserver, systemd, transport
 from metaserver.connection import keep_large_buffers
 from metaserver.errors import ConnectionLost
 from metaserver.key import ClusterKey
@@ -131,12 +131,12 @@ async def _serve(
         )
         async with trio.open_nursery() as inner:
             inner.start_soon(_report, node, registration, config.metaservers, key)
-            inner.start_soon(httpserver.feed_watchdog)
-            httpserver.notify_systemd("READY=1")
+            inner.start_soon(systemd.feed_watchdog)
+            systemd.notify("READY=1")
             log.info("serving", name=identity.name, port=ports.data, http_port=ports.http, directory=disk.root)
             task_status.started(ports)
             await stop.wait()
-            httpserver.notify_systemd("STOPPING=1")
+            systemd.notify("STOPPING=1")
             log.info("stopping")
             await node.drain(DRAIN_SECONDS)
             inner.cancel_scope.cancel()

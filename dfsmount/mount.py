@@ -32,6 +32,7 @@ from dfsmount.vfs import Vfs
 from dfsmount.vfs_core import Core, VfsOptions
 from dfsmount.waiting import Waiting
 from dfsmount.writer import Writer, WriterOptions
+from metaserver import systemd
 from metaserver.client import Hooks, MetaClient, SessionIdentity, open_meta
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.key import ClusterKey, KeyFileError, load_key
@@ -252,6 +253,7 @@ class Mounted:
                 nursery.start_soon(self._waiting.watch)
                 nursery.start_soon(self._await_signals)
                 nursery.start_soon(self._announce, ready)
+                nursery.start_soon(systemd.feed_watchdog)
                 # What exists now stays: the collector need not look at it again.
                 gc.collect()
                 gc.freeze()
@@ -268,7 +270,7 @@ class Mounted:
         device = await trio.to_thread.run_sync(_ask_mount, mountpoint, abandon_on_cancel=True)
         _raise_read_ahead(device)
         log.info("mounted", source=str(self.plan.source), mountpoint=str(mountpoint))
-        notify_systemd("READY=1")
+        systemd.notify("READY=1")
         ready()
 
     async def _await_signals(self) -> None:
@@ -276,7 +278,7 @@ class Mounted:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             number = await anext(aiter(signals))
         log.info("unmounting", signal=signal.Signals(number).name)
-        notify_systemd("STOPPING=1")
+        systemd.notify("STOPPING=1")
         with trio.move_on_after(FINISH_SECONDS), suppress(DfsError):
             await self.writer.flush_all()
         pyfuse3.terminate()
@@ -354,17 +356,3 @@ def _raise_read_ahead(device: int) -> None:
     except OSError as error:
         # Not root, or a container's read-only /sys: reading is slower, nothing else.
         log.debug("read-ahead stays as it is", path=str(path), error=error.strerror)
-
-
-def notify_systemd(state: str) -> None:
-    """sd_notify(3): does nothing unless systemd started this with Type=notify."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.sendto(state.encode(), address)
-    except OSError as error:
-        log.warning("could not notify systemd", error=error.strerror)

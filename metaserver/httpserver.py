@@ -1,4 +1,4 @@
-"""What both kinds of server need to serve HTTP/JSON and to live under systemd.
+"""What both kinds of server need to serve HTTP/JSON.
 
 Errors are a 4xx or 5xx with ``{"code": ErrorCode name, "text": one line}``. Everything but ``open_paths`` needs
 ``Authorization: Bearer <key.http_token>``.
@@ -6,7 +6,6 @@ Errors are a 4xx or 5xx with ``{"code": ErrorCode name, "text": one line}``. Eve
 
 import hmac
 import logging
-import os
 import socket
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
@@ -200,24 +199,3 @@ def is_loopback(host: str) -> bool:
     except OSError:
         return False
     return bool(host) and all(address == "::1" or address.startswith("127.") for address in addresses)
-
-
-def notify_systemd(state: str) -> None:
-    """Tells the service manager, if there is one: ``READY=1``, ``STOPPING=1``, ``WATCHDOG=1`` (sd_notify(3))."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if not path:
-        return
-    address = "\0" + path[1:] if path.startswith("@") else path
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        try:
-            sock.sendto(state.encode(), socket.MSG_DONTWAIT, address)
-        except OSError as error:
-            log.warning("cannot reach the service manager", error=error.strerror)
-
-
-async def feed_watchdog() -> None:
-    """Reports at half the interval systemd asks for; ends at once if it asks for none, otherwise when cancelled."""
-    interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
-    while interval > 0:
-        notify_systemd("WATCHDOG=1")
-        await trio.sleep(interval)

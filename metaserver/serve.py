@@ -13,7 +13,7 @@ from typing import NamedTuple
 import structlog
 import trio
 
-from metaserver import httpserver, identity, transport
+from metaserver import httpserver, identity, systemd, transport
 from metaserver.commit import Committer, open_committer
 from metaserver.config import Config, ConfigError
 from metaserver.connection import accept_handshake
@@ -74,15 +74,15 @@ async def _run(
         ports = Ports(listener.getsockname()[1], await _start_http(nursery, config, key, parts))
         nursery.start_soon(transport.serve, listener, _Acceptor(parts, key).handle)
         nursery.start_soon(parts.aging.run)
-        nursery.start_soon(httpserver.feed_watchdog)
-        httpserver.notify_systemd("READY=1")
+        nursery.start_soon(systemd.feed_watchdog)
+        systemd.notify("READY=1")
         log.info(
             "serving", cluster=parts.cluster_id, epoch=parts.committer.epoch,
             listen=f"{config.listen_host}:{ports.data}", http=f"{config.http_host}:{ports.http}",
         )  # fmt: skip
         task_status.started(ports)
         await stop.wait()
-        httpserver.notify_systemd("STOPPING=1")
+        systemd.notify("STOPPING=1")
         log.info("stopping")
         await _drain(parts.committer)
         nursery.cancel_scope.cancel()

@@ -15,7 +15,18 @@ PACKAGES = ("metaserver", "chunkserver", "dfsmount")
 
 METASERVER_PUBLISHED = {
     f"metaserver.{name}"
-    for name in ("errors", "key", "wire", "transport", "connection", "protocol", "client", "httpserver", "logs")
+    for name in (
+        "errors",
+        "key",
+        "wire",
+        "transport",
+        "connection",
+        "protocol",
+        "client",
+        "httpserver",
+        "logs",
+        "systemd",
+    )
 }
 CHUNKSERVER_PUBLISHED = {f"chunkserver.{name}" for name in ("protocol", "chunkfile", "client")}
 # What each package may import of the others.

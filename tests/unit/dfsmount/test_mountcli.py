@@ -198,15 +198,3 @@ def test_options_for_the_kernel() -> None:
     assert ("allow_other" in words) == (os.geteuid() == 0)
     plan.options.allow_other = False
     assert "allow_other" not in mount._fuse_options(plan)
-
-
-def test_readiness_is_told_to_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import socket
-
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
-        receiver.bind(str(tmp_path / "notify"))
-        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        mount.notify_systemd("READY=1")
-        assert receiver.recv(100) == b"READY=1"
-    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
-    mount.notify_systemd("READY=1")
