@@ -235,20 +235,20 @@ class Changelog:
             self._files.close(old.descriptor)
         return self._current
 
-    def unsynced(self) -> tuple[OpenSegment, ...]:
-        """What :meth:`sync` must cover for everything appended so far to be durable."""
-        return tuple(self._unsynced)
+    def unsynced(self) -> tuple[tuple[OpenSegment, int], ...]:
+        """What :meth:`sync` must cover for everything appended so far to be durable, and how far each segment goes."""
+        return tuple((segment, segment.end) for segment in self._unsynced)
 
-    def sync(self, segments: tuple[OpenSegment, ...]) -> None:
+    def sync(self, batch: tuple[tuple[OpenSegment, int], ...]) -> None:
         """Syncs segments; raises ``OSError``, after which the log must not be used any more."""
-        for segment in segments:
+        for segment, _ in batch:
             self._files.sync(segment.descriptor)
 
-    def synced(self, segments: tuple[OpenSegment, ...]) -> None:
-        """Segments that were full before they were synced are done with. Only for whoever syncs regularly, after each
-        sync."""
-        for segment in segments:
-            if segment is not self._current and segment in self._unsynced:
+    def synced(self, batch: tuple[tuple[OpenSegment, int], ...]) -> None:
+        """Segments that are full are done with, unless they were appended to while they were synced. Only for whoever
+        syncs regularly, after each sync."""
+        for segment, end in batch:
+            if segment is not self._current and segment.end == end and segment in self._unsynced:
                 self._unsynced.remove(segment)
                 self._files.close(segment.descriptor)
 

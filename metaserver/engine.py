@@ -151,12 +151,12 @@ class Engine:
             await self._sync_once()
 
     async def _sync_once(self) -> None:
-        number, segments = self.newest, self.log.unsynced()
+        number, batch = self.newest, self.log.unsynced()
         try:
-            await self.run_sync(self.log.sync, segments)
+            await self.run_sync(self.log.sync, batch)
         except OSError as error:
             raise self.fail(error) from error
-        self.log.synced(segments)
+        self.log.synced(batch)
         self._advance(number)
 
     async def _keep_prepared(self) -> None:

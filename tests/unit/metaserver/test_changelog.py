@@ -206,6 +206,21 @@ def test_segments_are_zeroed_rotated_and_read_back(tmp_path: Path) -> None:
     assert all_records(tmp_path, Position(1, firsts[2])) == list(range(firsts[2], 41)), "older segments are skipped"
 
 
+def test_what_is_appended_during_a_sync_still_has_to_be_synced(tmp_path: Path) -> None:
+    log = make_log(tmp_path)
+    append(log, 1, 5)
+    batch = log.unsynced()
+    append(log, 6, 20)
+    log.sync(batch)
+    log.synced(batch)
+    assert [segment.header.segment for segment, _ in log.unsynced()] == [1, 2, 3]
+    batch = log.unsynced()
+    log.sync(batch)
+    log.synced(batch)
+    assert [segment.header.segment for segment, _ in log.unsynced()] == [3]
+    log.close()
+
+
 def test_a_burst_does_not_depend_on_what_was_made_ahead(tmp_path: Path) -> None:
     log = make_log(tmp_path)
     for number in range(1, 41):
