@@ -1,17 +1,24 @@
 """What happens by itself: the lived clock, silent servers and sessions, tasks, repair. Nothing of it in the reconnect
 window, and nothing at all but the clock while this metaserver knows itself to be rolled back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
 import trio
 
 from metaserver.changes import Changes
 from metaserver.clock import LivedClock
 from metaserver.config import Config
+from metaserver.errors import DfsError
 from metaserver.members import Members
 from metaserver.protocol import ServerState
 from metaserver.repair import Repair
 from metaserver.resume import Resuming
 from metaserver.sessions import Sessions
 from metaserver.tasks import Tasks
+
+log = structlog.get_logger(__name__)
 
 # Twice in a heartbeat's time, so that DOWN comes in time.
 TICKS_PER_HEARTBEAT = 2
@@ -66,12 +73,23 @@ class Aging:
             if self._changes.refusing:
                 continue
             for session in self._resuming.overdue():
-                await self._resuming.end(session, "silent for too long")
-                if session.connection is not None:
+                with _tried_again("ending a session"):
+                    await self._resuming.end(session, "silent for too long")
+                if session.ended and session.connection is not None:
                     session.connection.close("the session was silent for too long and has ended")
 
     async def _keep_repairing(self) -> None:
         while True:
             await trio.sleep(REPAIR_SECONDS)
             if not self._changes.refusing:
-                await self._repair.tick(unknown_may_go=not self._sessions.missing)
+                with _tried_again("repair"):
+                    await self._repair.tick(unknown_may_go=not self._sessions.missing)
+
+
+@contextmanager
+def _tried_again(what: str) -> Iterator[None]:
+    """What goes wrong in the background is logged, and tried again at the next turn: it must not end the service."""
+    try:
+        yield
+    except DfsError as error:
+        log.error("background work failed", what=what, error=str(error))

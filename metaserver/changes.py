@@ -4,6 +4,7 @@ Synchronous from the first row to the last consequence, so that nothing comes be
 clients have done again.
 """
 
+import stat
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -81,6 +82,7 @@ class Changes:
             request,
             protocol.SET_ATTRIBUTES.decode_reply,
             lambda tx, now: contents.set_attributes(tx, now, message, effects),
+            frees=message.size is not None,
         )
         self.carry_out(effects)
         self._tell(session, (message.ino,))
@@ -100,7 +102,9 @@ class Changes:
         change = self._change(session, request, protocol.MAKE.decode_reply, make)
         made = change.message
         if message.open:
-            self._sessions.open(session, made.entry.attributes.ino, writing=True)
+            # Of a directory a session wants to hear what others do in it; it never has anything to be fetched.
+            writing = not stat.S_ISDIR(made.entry.attributes.mode)
+            self._sessions.open(session, made.entry.attributes.ino, writing=writing)
         if made.created:
             self._tell(session, (message.parent,))
         return self._applied(change)
@@ -250,7 +254,7 @@ class Changes:
                 effects.dead.append(message.chunk)
             return Empty()
 
-        change = self._change(session, request, protocol.SEAL.decode_reply, seal)
+        change = self._change(session, request, protocol.SEAL.decode_reply, seal, frees=True)
         self._repair.sealed(message.chunk, self._members.closed(message.chunk))
         self.carry_out(effects)
         return self._applied(change)

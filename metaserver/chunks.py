@@ -129,15 +129,21 @@ def allocate(tx: Transaction, now_ns: int, session: int, servers: Sequence[int],
     return chunk
 
 
-def progress(tx: Transaction, session: int, told: ChunkProgress) -> None:
-    """Notes how much of a chunk is on stable storage on all its replicas; never goes back."""
+def progress(tx: Transaction, session: int, told: ChunkProgress) -> int:
+    """Notes how much of a chunk is on stable storage on all its replicas; returns how much that is now.
+
+    Less than is known already is no news: commits done again after a crash may come in another order.
+    """
     row = require_owned(tx, told.chunk, session)
+    if 0 <= told.length < row.length:
+        return row.length
     if not row.length <= told.length <= CHUNK_CAPACITY or told.entries < row.entries:
         raise DfsError(ErrorCode.INVALID, f"chunk {told.chunk:x} cannot go from {row.length} to {told.length} bytes")
     if told.length == row.length and (told.entries, told.chain) != (row.entries, row.chain) and row.length:
         raise DfsError(ErrorCode.INVALID, f"chunk {told.chunk:x} cannot change without growing")
     row.length, row.entries, row.chain = told.length, told.entries, told.chain
     save(tx, told.chunk, row)
+    return row.length
 
 
 def seal(tx: Transaction, chunk: int, row: Chunk, failed: Iterable[int]) -> bool:

@@ -150,8 +150,7 @@ def commit(tx: Transaction, now_ns: int, session: int, message: Commit, effects:
         raise DfsError(ErrorCode.INVALID, f"a commit of more than {COMMIT_EXTENTS} extents and files")
     lengths: dict[int, int] = {}
     for told in message.chunks:
-        chunks.progress(tx, session, told)
-        lengths[told.chunk] = told.length
+        lengths[told.chunk] = chunks.progress(tx, session, told)
     live: Live = {}
     budget = Budget(COMMIT_BUDGET)
     attributes: list[Attributes] = []

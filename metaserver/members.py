@@ -218,7 +218,7 @@ class Members:
 
     def progressed(self, chunk: int, length: int) -> None:
         found = self.open_chunks.get(chunk)
-        if found is not None:
+        if found is not None and length > found.length:
             self._reserve(found.servers, found.length - length)
             found.length = length
 

@@ -278,7 +278,10 @@ class Resuming:
         ready = [session for session in self._sessions.by_id.values() if session.ready]
         missing = sum(not session.ready and not session.returned for session in self._sessions.by_id.values())
         await self._do_again(ready)
-        self._committer.window_closed()
+        try:
+            self._committer.window_closed()
+        except DfsError as error:
+            log.error("the end of the window could not be noted; the next start will wait again", error=str(error))
         await self.window.close()
         log.info("reconnect window closed", returned=len(ready), missing=missing)
 
@@ -342,12 +345,14 @@ class Resuming:
         """Ends a session for good; what belongs to it is undone by a task. Returns when that is decided durably."""
         if session.id in self._ending or session.id not in self._sessions.by_id:
             return
-        self._ending.add(session.id)
         effects = Effects()
         change = self._committer.change(
             0, 0, lambda tx, _: inodes.add_task(tx, TaskKind.EVICT_SESSION, session.id, effects), frees=True
         )
-        await self._committer.wait_durable(change.number)
+        self._ending.add(session.id)
+        # Decided: whoever asked for it may go, but it has to be carried through.
+        with trio.CancelScope(shield=True):
+            await self._committer.wait_durable(change.number)
         self._sessions.remove(session)
         self._flushing.ended(session)
         self._returned.set()

@@ -10,12 +10,15 @@ import trio
 
 from metaserver import contents, inodes, sessions
 from metaserver.commit import Committer
+from metaserver.errors import DfsError
 from metaserver.inodes import Effects
 from metaserver.members import Members
 from metaserver.schema import Inode, Table, Task, TaskKind, Transaction, inode_key, key_u64, read_u64
 from metaserver.sessions import EvictionStep
 
 log = structlog.get_logger(__name__)
+
+RETRY_SECONDS = 1.0
 
 
 class Tasks:
@@ -69,7 +72,12 @@ class Tasks:
         """Goes on with everything until cancelled."""
         while True:
             for number in list(self._pending):
-                self.step(number)
+                try:
+                    self.step(number)
+                except DfsError as error:
+                    # The log may have no segment ready; whatever else it is, others must not wait for it.
+                    log.warning("a task cannot go on at present", task=number, error=str(error))
+                    await trio.sleep(RETRY_SECONDS)
                 await trio.lowlevel.checkpoint()
             if not self._pending:
                 self._added = trio.Event()

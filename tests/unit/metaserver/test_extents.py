@@ -213,13 +213,21 @@ def test_commits_that_are_refused() -> None:
     refused(tx, one(Extent(0, 1, 1, 0), generation=1), ErrorCode.INVALID)
     refused(tx, one(Extent(0, 1, 1, 0), ino=1), ErrorCode.INVALID)
     refused(tx, one(*[Extent(0, 1, 1, 0)] * 1000), ErrorCode.INVALID)
-    refused(tx, Commit((ChunkProgress(1, 99, 1, 1),), ()), ErrorCode.INVALID)
+    refused(tx, Commit((ChunkProgress(1, -1, 1, 1),), ()), ErrorCode.INVALID)
     refused(tx, Commit((ChunkProgress(1, 100, 2, 1),), ()), ErrorCode.INVALID)
     refused(tx, Commit((ChunkProgress(1, 65 << 20, 2, 1),), ()), ErrorCode.INVALID)
     row = chunks.find(tx, 2)
     assert row is not None
     chunks.seal(tx, 2, row, ())
     refused(tx, one(Extent(0, 1, 2, 0)), ErrorCode.NOT_OWNER)
+
+
+def test_progress_never_goes_back() -> None:
+    tx = fresh(chunk_length=100)
+    contents.commit(tx, 1, SESSION, Commit((ChunkProgress(1, 50, 1, 9),), one(Extent(0, 80, 1, 20)).files), Effects())
+    row = chunks.find(tx, 1)
+    assert row is not None
+    assert (row.length, row.chain) == (100, 1)
 
 
 def test_a_commit_of_another_session_is_refused() -> None:
