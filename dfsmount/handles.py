@@ -1,7 +1,7 @@
 """What is open: handles the kernel holds, and the files behind them with their registration at the metaserver.
 
-A file stays registered (:class:`OpenFile` exists) from its first ``open`` until :class:`Closer` has told the
-metaserver that nothing of it is open or dirty any more, which happens lazily and in batches: unpacking an archive
+A file stays registered (:class:`OpenFile` exists) from its first ``open`` until the metaserver has
+been told that nothing of it is open or dirty any more, which happens lazily and in batches: unpacking an archive
 closes thousands of files a second. While a CLOSE of a file is on its way, opening it again waits for the answer: a
 CLOSE that was sent again after a reconnection must not overtake the OPEN.
 """
@@ -12,18 +12,14 @@ from contextlib import asynccontextmanager
 from itertools import islice
 from operator import attrgetter
 
-import structlog
 import trio
 
 from dfsmount.ahead import Ahead
 from dfsmount.filestate import FileState
 from dfsmount.inodes import Inode, InodeTable
 from dfsmount.readahead import ReadAhead
-from dfsmount.remote import Remote
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import DirectoryEntry, DirectoryPage, Opened
-
-log = structlog.get_logger(__name__)
 
 CLOSE_SECONDS = 0.5
 CLOSE_BATCH = 500
@@ -249,21 +245,3 @@ class OpenFiles:
         with trio.move_on_after(CLOSE_SECONDS):
             await self._many_idle.wait()
         self._many_idle = trio.Event()
-
-
-async def close_idle(files: OpenFiles, remote: Remote) -> None:
-    """Deregisters what is idle, for ever. A failure is logged: the session's end deregisters everything."""
-    while True:
-        await files.wait_idle()
-        await close_batches(files, remote)
-
-
-async def close_batches(files: OpenFiles, remote: Remote) -> None:
-    """Deregisters everything that is idle now."""
-    while inos := files.take_idle():
-        try:
-            await remote.close(inos)
-        except DfsError as error:
-            log.warning("could not tell the metaserver what was closed", inodes=len(inos), error=str(error))
-        finally:
-            files.closed(inos)

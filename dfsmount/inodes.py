@@ -13,6 +13,7 @@ it was true while the question was open, but not believed any longer.
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import msgspec
 import trio
 
 from metaserver.protocol import Attributes
@@ -119,6 +120,19 @@ class InodeTable:
         inode.believed_until = asked_at + self._timeout
         inode.changed_at = self._clock()
         return inode
+
+    def touched(self, ino: int, time_ns: int, links: int = 0) -> None:
+        """A change of our own to the entries of a directory gave it these times and ``links`` more subdirectories."""
+        inode = self.believed(ino)
+        if inode is None or not time_ns:
+            self.doubt(ino)
+            return
+        known = inode.attributes
+        newest_ns = max(known.mtime_ns, time_ns)
+        inode.attributes = msgspec.structs.replace(
+            known, mtime_ns=newest_ns, ctime_ns=max(known.ctime_ns, newest_ns), nlink=known.nlink + links
+        )
+        inode.changed_at = self._clock()
 
     def believed(self, ino: int) -> Inode | None:
         """The inode if its attributes may be shown without asking."""

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from metaserver import protocol
 from metaserver.client import MetaClient
 from metaserver.protocol import Attributes, DirectoryPage, Entry, FsStats, Made, Renamed, SetAttributes, Unlinked
+from metaserver.wire import Response
 
 
 class Remote:
-    """Every method raises :class:`metaserver.errors.DfsError`; TIMEOUT after ``timeout_seconds``.
+    """Changes of names come back in their envelope: ``time_ns`` is what the directories have now as mtime and ctime.
+
+    Every method raises :class:`metaserver.errors.DfsError`; TIMEOUT after ``timeout_seconds``.
 
     Cancelling a change withdraws it: if it has not happened by then, it never will.
     """
@@ -34,16 +37,16 @@ class Remote:
         request = protocol.ReadDirectory(ino, cookie, count, True)
         return await self._meta.call(protocol.READ_DIRECTORY, request, timeout=self._timeout)
 
-    async def make(self, request: protocol.Make) -> Made:
-        return await self._meta.call(protocol.MAKE, request, timeout=self._timeout)
+    async def make(self, request: protocol.Make) -> Response[Made]:
+        return await self._meta.change(protocol.MAKE, request, timeout=self._timeout)
 
-    async def unlink(self, parent: int, name: bytes, *, directory: bool) -> Unlinked:
+    async def unlink(self, parent: int, name: bytes, *, directory: bool) -> Response[Unlinked]:
         request = protocol.Unlink(parent, name, directory)
-        return await self._meta.call(protocol.UNLINK, request, timeout=self._timeout)
+        return await self._meta.change(protocol.UNLINK, request, timeout=self._timeout)
 
-    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> Renamed:
+    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> Response[Renamed]:
         request = protocol.Rename(parent, name, new_parent, new_name, flags)
-        return await self._meta.call(protocol.RENAME, request, timeout=self._timeout)
+        return await self._meta.change(protocol.RENAME, request, timeout=self._timeout)
 
     async def link(self, ino: int, new_parent: int, new_name: bytes) -> Attributes:
         return await self._meta.call(protocol.LINK, protocol.Link(ino, new_parent, new_name), timeout=self._timeout)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import structlog
 import trio
 
-from dfsmount.handles import OpenFile, close_batches, close_idle
+from dfsmount.handles import OpenFile
 from dfsmount.vfs_core import Core, Shown
 from dfsmount.vfs_files import Files
 from dfsmount.vfs_names import Names
@@ -37,7 +37,7 @@ class Vfs:
     async def run(self) -> None:
         """What goes on beside the kernel's requests, for ever."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(close_idle, self.core.files, self.core.remote)
+            nursery.start_soon(self._close_idle)
             nursery.start_soon(self.core.jobs.run)
             nursery.start_soon(self.core.tell_kernel)
             nursery.start_soon(self._reopen_all)
@@ -111,7 +111,25 @@ class Vfs:
         await self.core.deferred.settle_all()
         await self.core.writer.close()
         await self.core.remote.sync()
-        await close_batches(self.core.files, self.core.remote)
+        self.core.fresh.give_up_all()
+        await self._close_now()
+
+    async def _close_idle(self) -> None:
+        """Deregisters what is not used any more, for ever."""
+        while True:
+            await self.core.files.wait_idle()
+            await self._close_now()
+
+    async def _close_now(self) -> None:
+        """Deregisters what is idle. A failure is logged only: the session's end deregisters everything."""
+        core = self.core
+        while inos := core.files.take_idle() + core.fresh.take_over():
+            try:
+                await core.remote.close(inos)
+            except DfsError as error:
+                log.warning("could not tell the metaserver what was closed", inodes=len(inos), error=str(error))
+            finally:
+                core.files.closed(inos)
 
     # -- what the metaserver's client asks and tells; see metaserver.client.Hooks ---------------------------------
 
@@ -134,12 +152,14 @@ class Vfs:
     def opened(self) -> list[Opened]:
         """Asked for after a connection was lost, and pushes with it: whatever is open may have changed."""
         self.core.inodes.doubt_all()
+        self.core.fresh.give_up_all()
         self.core.doubt_contents([file.ino for file in self.core.files])
         return self.core.files.opened()
 
     def new_session(self) -> None:
         """The metaserver gave this mount up: unwritten data is lost, caches are worth nothing, open files go on."""
         self.core.writer.abandon_all(DfsError(ErrorCode.IO, "the session ended before this data was written"))
+        self.core.fresh.give_up_all()
         self.core.doubt_contents([inode.ino for inode in self.core.inodes])
         self._reopen.set()
 

@@ -1,20 +1,22 @@
 """What the halves of the virtual filesystem share: the tables, and what the kernel is told about an inode."""
 
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import msgspec
 import trio
 
 from dfsmount.ahead import Deferred
+from dfsmount.fresh import FreshDirectories
 from dfsmount.handles import HandleTable, OpenFile, OpenFiles
 from dfsmount.inodes import Inode, InodeTable
 from dfsmount.jobs import Jobs
 from dfsmount.reader import Reader
 from dfsmount.remote import Remote
 from dfsmount.writer import Writer
-from metaserver.protocol import Attributes, Entry, FileMap
+from metaserver.protocol import Attributes, Entry, FileMap, Made, Make
 
 # What stdio and cp take as the size of their buffers; also the unit of verification.
 BLOCK_BYTES = 64 << 10
@@ -71,6 +73,7 @@ class Core:
         self.inodes = InodeTable(options.attr_timeout)
         self.files = OpenFiles(self.inodes)
         self.handles = HandleTable()
+        self.fresh = FreshDirectories()
         self.jobs = Jobs()
         self.deferred = Deferred(remote.set_attributes, self.jobs, self.changed)
         self._doubted_contents: set[int] = set()
@@ -138,6 +141,7 @@ class Core:
         """Others changed these inodes: the kernel's caches of them are dropped soon, ours at the next use."""
         for ino in inos:
             self.inodes.doubt(ino)
+            self.fresh.give_up(ino)
             file = self.files.get(ino)
             if file is not None:
                 file.stale = True
@@ -153,6 +157,34 @@ class Core:
             self._doubts = trio.Event()
             inos, self._doubted_contents = sorted(self._doubted_contents), set()
             await trio.to_thread.run_sync(self.kernel.forget_contents, inos, abandon_on_cancel=True)
+
+    # -- entries of directories ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def changing_entries(self, *directories: int) -> Iterator[None]:
+        """Around a change of entries: if it fails, nobody knows what is there."""
+        try:
+            yield
+        except BaseException:
+            for ino in directories:
+                self.fresh.give_up(ino)
+                self.inodes.doubt(ino)
+            raise
+
+    async def make(self, request: Make) -> Made:
+        """Makes an entry and learns what that does to its directory."""
+        with self.changing_entries(request.parent):
+            answer = await self.remote.make(request)
+        made = answer.message
+        self.fresh.added(request.parent, request.name)
+        if made.created:
+            links = int(stat.S_ISDIR(made.entry.attributes.mode))
+            self.inodes.touched(request.parent, answer.time_ns, links)
+        return made
+
+    def removed_entry(self, parent: int, name: bytes) -> None:
+        self.files.made.pop((parent, name), None)
+        self.fresh.removed(parent, name)
 
     # -- unwritten data ----------------------------------------------------------------------------------------
 

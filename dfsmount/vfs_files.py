@@ -64,10 +64,9 @@ class Files:
         core = self._core
         asked_at = core.inodes.now()
         request = Make(parent, name, mode, caller.uid, caller.gid, open=True, exclusive=bool(flags & os.O_EXCL))
-        made = await core.remote.make(request)
+        made = await core.make(request)
         if not made.created:
             return await self._open_existing(made.entry, flags)
-        core.inodes.doubt(parent)
         inode = core.inodes.changed(made.entry.attributes, asked_at)
         file = self._register(inode, made.entry, True)
         core.files.note_made(file, parent, name)

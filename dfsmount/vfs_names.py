@@ -10,7 +10,7 @@ from dfsmount.handles import DirectoryHandle
 from dfsmount.inodes import Inode
 from dfsmount.vfs_core import Core, Shown
 from metaserver.errors import DfsError, ErrorCode
-from metaserver.protocol import PAGE_ENTRIES, DirectoryEntry, DirectoryPage, Make, RenameFlags
+from metaserver.protocol import PAGE_ENTRIES, DirectoryEntry, DirectoryPage, Make, Renamed, RenameFlags
 
 # Places of `.` and `..` in a listing; the metaserver's cookies count up from 1 and never come near.
 COOKIE_DOT = (1 << 62) + 1
@@ -44,6 +44,11 @@ class Names:
     async def lookup(self, parent: int, name: bytes) -> Shown:
         """Counts as one reference of the kernel."""
         core = self._core
+        if core.fresh.lacks(parent, name):
+            # Asks at most once a second, and so finds out if the directory is not known any more.
+            await core.attributes(parent)
+            if core.fresh.lacks(parent, name):
+                raise DfsError(ErrorCode.NOT_FOUND)
         asked_at = core.inodes.now()
         entry = await core.remote.lookup(parent, name)
         inode = core.learn(entry, asked_at, parent if stat.S_ISDIR(entry.attributes.mode) else 0)
@@ -63,23 +68,26 @@ class Names:
 
     async def _make(self, request: Make) -> Shown:
         core = self._core
-        parent = request.parent
+        directory = stat.S_ISDIR(request.mode)
+        request.open = directory and core.fresh.room
         asked_at = core.inodes.now()
-        made = await core.remote.make(request)
-        core.inodes.doubt(parent)
-        attributes = made.entry.attributes
-        inode = core.inodes.changed(
-            attributes, asked_at, parent=parent if stat.S_ISDIR(attributes.mode) else 0, target=request.target
-        )
+        made = await core.make(request)
+        parent = request.parent if directory else 0
+        inode = core.inodes.changed(made.entry.attributes, asked_at, parent=parent, target=request.target)
+        if request.open:
+            core.fresh.add(inode.ino)
         inode.lookups += 1
         return core.show(inode)
 
     async def unlink(self, parent: int, name: bytes, *, directory: bool) -> None:
         core = self._core
-        gone = await core.remote.unlink(parent, name, directory=directory)
-        core.files.made.pop((parent, name), None)
-        core.inodes.doubt(parent)
+        with core.changing_entries(parent):
+            answer = await core.remote.unlink(parent, name, directory=directory)
+        gone = answer.message
+        core.removed_entry(parent, name)
+        core.inodes.touched(parent, answer.time_ns, -directory)
         core.inodes.doubt(gone.ino)
+        core.fresh.give_up(gone.ino)
         if gone.nlink == 0:
             core.lost_last_name(gone.ino)
 
@@ -89,24 +97,42 @@ class Names:
         await self._flush_name(parent, name)
         if flags & RenameFlags.EXCHANGE:
             await self._flush_name(new_parent, new_name)
-        moved = await core.remote.rename(parent, name, new_parent, new_name, flags)
-        for ino in (parent, new_parent, moved.ino, moved.replaced):
-            core.inodes.doubt(ino)
-        inode = core.inodes.get(moved.ino)
-        if inode is not None and inode.parent:
-            inode.parent = new_parent
-        core.files.made.pop((parent, name), None)
-        core.files.made.pop((new_parent, new_name), None)
+        with core.changing_entries(parent, new_parent):
+            answer = await core.remote.rename(parent, name, new_parent, new_name, flags)
+        moved = answer.message
+        core.removed_entry(new_parent, new_name)
+        core.removed_entry(parent, name)
+        core.fresh.added(new_parent, new_name)
+        if flags & RenameFlags.EXCHANGE:
+            core.fresh.added(parent, name)
+        self._note_rename(parent, new_parent, moved, answer.time_ns)
         if moved.replaced and moved.replaced_nlink == 0:
             core.lost_last_name(moved.replaced)
+
+    def _note_rename(self, parent: int, new_parent: int, moved: Renamed, time_ns: int) -> None:
+        """Attributes after a rename; those of directories that others may lie in are asked for again."""
+        inodes = self._core.inodes
+        inode = inodes.get(moved.ino)
+        plain = inode is not None and not stat.S_ISDIR(inode.attributes.mode) and not moved.replaced
+        for directory in {parent, new_parent}:
+            if plain:
+                inodes.touched(directory, time_ns)
+            else:
+                inodes.doubt(directory)
+        inodes.doubt(moved.ino)
+        inodes.doubt(moved.replaced)
+        if inode is not None and inode.parent:
+            inode.parent = new_parent
 
     async def link(self, ino: int, new_parent: int, new_name: bytes) -> Shown:
         """Counts as one reference."""
         core = self._core
         await core.flush(ino)
         asked_at = core.inodes.now()
-        attributes = await core.remote.link(ino, new_parent, new_name)
-        core.inodes.doubt(new_parent)
+        with core.changing_entries(new_parent):
+            attributes = await core.remote.link(ino, new_parent, new_name)
+        core.fresh.added(new_parent, new_name)
+        core.inodes.touched(new_parent, attributes.ctime_ns)
         inode = core.changed(attributes, asked_at)
         inode.lookups += 1
         return core.show(inode)

@@ -150,7 +150,7 @@ class MetaClient:
         if method.number in protocol.CHANGES:
             if len(self._changes) > MAX_UNDURABLE:
                 await self.sync()
-            return await self._change(method, message, deadline, trace_id)
+            return (await self._change(method, message, deadline, trace_id)).message
         while True:
             connection = self._connection
             if connection is None:
@@ -168,6 +168,16 @@ class MetaClient:
             else:
                 self._note(answer.response)
                 return answer.message
+
+    async def change(
+        self, method: Method[RequestT, ReplyT], message: RequestT, *, timeout: float = DEFAULT_TIMEOUT_SECONDS
+    ) -> wire.Response[ReplyT]:
+        """:meth:`call` for one of ``protocol.CHANGES``, with the envelope of the answer: ``time_ns`` is the time that
+        the metaserver has given the change, which is that of the inodes it touched."""
+        deadline = trio.current_time() + timeout
+        if len(self._changes) > MAX_UNDURABLE:
+            await self.sync()
+        return await self._change(method, message, deadline, 0)
 
     async def sync(self, *, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
         """Returns when everything this mount has done or seen is on the metaserver's stable storage.
@@ -209,7 +219,7 @@ class MetaClient:
 
     async def _change(
         self, method: Method[RequestT, ReplyT], message: RequestT, deadline: float, trace_id: int
-    ) -> ReplyT:
+    ) -> wire.Response[ReplyT]:
         while True:
             connection = self._connection or await self._connected(deadline)
             self._next_operation += 1
@@ -245,7 +255,7 @@ class MetaClient:
                 await self._pause(deadline)
                 continue
             assert change.answer is not None
-            return change.answer.message
+            return change.answer
 
     async def _settled(self, change: Change[Any], deadline: float) -> None:
         """Waits until a resumed session has brought the outcome of a change whose answer was lost."""

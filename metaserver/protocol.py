@@ -296,8 +296,8 @@ class DirectoryPage(Message):
 class Make(Message):
     """Creates a directory entry with a new inode: any type of ``mode``. ``target`` for symlinks, ``rdev`` for devices.
 
-    ``open`` also registers the new file as opened for writing by this session. With ``exclusive`` false an existing
-    regular file is opened instead (its attributes come back, nothing is changed).
+    ``open`` also registers the new file as opened for writing by this session (a directory: for reading). With
+    ``exclusive`` false an existing regular file is opened instead (its attributes come back, nothing is changed).
     """
 
     parent: int

@@ -141,6 +141,120 @@ async def test_devices_keep_their_number(a: TestMount) -> None:
     assert (shown.uid, shown.gid) == (1000, 1000)
 
 
+# -- directories made here: what is in them is known ----------------------------------------------------------------
+
+
+async def asks(mount: TestMount, function: object, *arguments: object) -> int:
+    """How many requests a call that fails with NOT_FOUND makes."""
+    connection = mount.meta._connection
+    assert connection is not None
+    before = connection._next_request_id
+    await fails(ErrorCode.NOT_FOUND, function, *arguments)
+    return connection._next_request_id - before
+
+
+async def test_a_missing_name_in_a_new_directory_needs_no_asking(a: TestMount) -> None:
+    directory = await a.mkdir(b"d")
+    assert await asks(a, a.stat, b"f", directory) == 0
+    await a.create(b"f", parent=directory)
+    assert (await a.stat(b"f", directory)).size == 0
+    await a.names.rename(directory, b"f", directory, b"g", 0)
+    assert await asks(a, a.stat, b"f", directory) == 0
+    await a.names.link((await a.stat(b"g", directory)).ino, directory, b"h")
+    await a.stat(b"h", directory)
+    await a.names.unlink(directory, b"g", directory=False)
+    assert await asks(a, a.stat, b"g", directory) == 0
+    assert await asks(a, a.stat, b"x", a.root) == 1, "the root was made by nobody"
+    await fails(ErrorCode.NAME_TOO_LONG, a.stat, b"n" * 256, directory)
+
+
+async def test_exchanged_names_are_both_known(a: TestMount) -> None:
+    one, two = await a.mkdir(b"1"), await a.mkdir(b"2")
+    await a.create(b"f", parent=one)
+    await a.create(b"g", parent=two)
+    await a.names.rename(one, b"f", two, b"g", RenameFlags.EXCHANGE)
+    await a.stat(b"f", one)
+    await a.stat(b"g", two)
+    await a.names.rename(one, b"f", two, b"f", 0)
+    await a.stat(b"f", two)
+
+
+async def test_what_is_known_is_confirmed_every_second(a: TestMount) -> None:
+    directory = await a.mkdir(b"d")
+    await trio.sleep(1.05)
+    assert await asks(a, a.stat, b"f", directory) == 1
+    assert await asks(a, a.stat, b"f", directory) == 0
+
+
+async def test_what_others_make_there_is_seen(a: TestMount, b: TestMount) -> None:
+    directory = await a.mkdir(b"d")
+    assert await asks(a, a.stat, b"f", directory) == 0
+    await b.create(b"f", parent=directory)
+    with trio.fail_after(5):
+        while len(a.core.fresh):  # noqa: ASYNC110
+            await trio.sleep(0.001)
+    await a.stat(b"f", directory)
+    assert await asks(a, a.stat, b"g", directory) == 1
+
+
+async def test_after_a_lost_connection_nothing_is_known(plant: Plant, a: TestMount) -> None:
+    directory = await a.mkdir(b"d")
+    plant.cut()
+    await a.mkdir(b"e")
+    assert await asks(a, a.stat, b"f", directory) == 1
+
+
+async def test_after_a_failure_nothing_is_known(plant: Plant, a: TestMount) -> None:
+    directory = await a.mkdir(b"d")
+    plant.parts.changes.refusing = "for a test"
+    await fails(ErrorCode.READ_ONLY, a.mkdir, b"x", directory)
+    assert await asks(a, a.stat, b"f", directory) == 1
+
+
+async def test_new_directories_are_deregistered_when_idle_or_removed(
+    plant: Plant, a: TestMount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = await a.mkdir(b"1"), await a.mkdir(b"2")
+    opened = plant.parts.sessions.by_id[a.meta.session].opened
+    assert opened == {one: False, two: False}
+    await a.names.unlink(a.root, b"1", directory=True)
+    with trio.fail_after(5):
+        while one in opened:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+    assert two in opened
+    monkeypatch.setattr("dfsmount.fresh.IDLE_SECONDS", 0.0)
+    with trio.fail_after(5):
+        while two in opened:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+
+
+async def test_not_too_many_names_are_kept(a: TestMount, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dfsmount.fresh.MAX_NAMES", 2)
+    monkeypatch.setattr("dfsmount.fresh.MAX_DIRECTORIES", 1)
+    directory, other = await a.mkdir(b"d"), await a.mkdir(b"e")
+    assert await asks(a, a.stat, b"x", other) == 1
+    for name in (b"1", b"2", b"3"):
+        await a.mkdir(name, directory)
+    assert await asks(a, a.stat, b"x", directory) == 1
+
+
+async def test_own_changes_of_entries_need_no_asking_for_the_directory(a: TestMount, b: TestMount) -> None:
+    directory = await a.mkdir(b"d")
+    await a.mkdir(b"sub", directory)
+    await a.create(b"f", parent=directory)
+    await a.names.rename(directory, b"f", directory, b"g", 0)
+    await a.names.unlink(directory, b"g", directory=False)
+    shown = a.vfs.known_attributes(directory)
+    assert shown is not None
+    seen = await b.vfs.get_attributes(directory)
+    assert (shown.nlink, shown.mtime_ns, shown.ctime_ns) == (seen.nlink, seen.mtime_ns, seen.ctime_ns)
+    assert shown.nlink == 3
+    await a.names.unlink(directory, b"sub", directory=True)
+    shown = a.vfs.known_attributes(directory)
+    assert shown is not None
+    assert shown.nlink == 2
+
+
 # -- renames -------------------------------------------------------------------------------------------------------
 
 
