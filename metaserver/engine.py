@@ -14,12 +14,12 @@ import trio
 
 from metaserver.changelog import LogFull
 from metaserver.errors import DfsError, ErrorCode
-from metaserver.files import Files
+from metaserver.files import Files, is_full
 from metaserver.logrecord import Position
 from metaserver.overlay import Rows, row_key
 from metaserver.protocol import LastNumber
 from metaserver.schema import BOOT, Boot, Table
-from metaserver.start import Options, Started, position_rows
+from metaserver.start import Options, Started, make_reserve, position_rows
 from metaserver.store import MapFull, StoreFull, View
 
 log = structlog.get_logger()
@@ -75,6 +75,8 @@ class Engine:
         self._clock = clock
         self._failure: BaseException | None = None
         self._written = trio.Event()
+        # Somebody waits for the log to be synced.
+        self._wanted = trio.Event()
         self._advanced = trio.Event()
         self._rotated = trio.Event()
         self._many_changes = trio.Event()
@@ -114,6 +116,7 @@ class Engine:
         while self.durable < number:
             if self._failure is not None:
                 raise self._failed()
+            self._wanted.set()
             await self._advanced.wait()
 
     def _now(self) -> int:
@@ -123,6 +126,7 @@ class Engine:
         """Stops the engine: no change is accepted any more and the process is made to end. Returns what to raise."""
         if self._failure is None:
             self._failure = reason
+            self._wanted.set()
             log.critical("metaserver cannot go on", reason=str(reason))
             self._written.set()
             self._advanced.set()
@@ -140,7 +144,7 @@ class Engine:
             self._advanced = trio.Event()
 
     async def _keep_synced(self) -> None:
-        """The log task: group commit, again and again."""
+        """The log task: group commit, again and again; at once if somebody waits for it."""
         while True:
             if self._failure is not None:
                 raise self._failed()
@@ -148,6 +152,9 @@ class Engine:
                 self._written = trio.Event()
                 await self._written.wait()
                 continue
+            with trio.move_on_after(self.options.unhurried_seconds):
+                await self._wanted.wait()
+            self._wanted = trio.Event()
             await self._sync_once()
 
     async def _sync_once(self) -> None:
@@ -162,11 +169,11 @@ class Engine:
     async def _keep_prepared(self) -> None:
         """Makes the next segment whenever there is none; notices when the disk is full, and when it no longer is."""
         while True:
-            if self.log.prepared:
+            if self.log.prepared and not self.log_full:
                 self._rotated = trio.Event()
                 await self._rotated.wait()
             try:
-                await self.run_sync(self.log.prepare)
+                await self.run_sync(self._prepare)
             except LogFull:
                 self._set_full("log_full", True)
                 await trio.sleep(self.options.retry_seconds)
@@ -174,6 +181,15 @@ class Engine:
                 raise self.fail(error) from error
             else:
                 self._set_full("log_full", False)
+
+    def _prepare(self) -> None:
+        self.log.prepare()
+        try:
+            make_reserve(self.directory, self.options, self.files)
+        except OSError as error:
+            if is_full(error):
+                raise LogFull from error
+            raise
 
     def _set_full(self, name: str, full: bool) -> None:
         if getattr(self, name) != full:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import msgspec
 
 from metaserver.changelog import Changelog, KeptSegment, epoch_logs, find_firsts, list_segments, trim
-from metaserver.files import Files, sync_file
+from metaserver.files import Files, is_full, sync_file
 from metaserver.ids import RANGES, Ids, limit_key, limit_of
 from metaserver.logrecord import SEGMENT_BYTES, Position
 from metaserver.overlay import Overlay, Rows, row_key
@@ -38,11 +38,12 @@ from metaserver.schema import (
     read_u64,
     survived_key,
 )
-from metaserver.store import MAP_BYTES, CorruptStore, MapFull, Store, create_store
+from metaserver.store import MAP_BYTES, CorruptStore, MapFull, Store, StoreFull, create_store
 from metaserver.transaction import Layers
 
 STORE_NAME = "data.mdb"
 LOCK_NAME = "lock"
+RESERVE_NAME = "reserve"
 CHANGELOG_NAME = "changelog"
 SNAPSHOTS_NAME = "snapshots"
 # A client that was away for longer than so many lives of the metaserver resends everything it has.
@@ -56,6 +57,9 @@ class DirectoryBusy(Exception):
 class Options(msgspec.Struct, frozen=True):
     """What tests and simulations vary. Sizes in bytes."""
 
+    # How long a change that nobody waits for stays unsynced. Clients keep it until then and send it again if lost;
+    # a sync for each change costs more CPU than the change itself (0.2 ms of two threads and the disk's interrupt).
+    unhurried_seconds: float = 0.01
     checkpoint_seconds: float = 10.0
     checkpoint_changes: int = 20_000
     snapshot_seconds: float = 3600.0
@@ -66,6 +70,8 @@ class Options(msgspec.Struct, frozen=True):
     verify_pause_seconds: float = 0.05
     segment_bytes: int = SEGMENT_BYTES
     map_bytes: int = MAP_BYTES
+    # Kept free for a start on a full disk: a segment, and what its checkpoint writes.
+    reserve_bytes: int = 32 << 20
     # How often a full disk is tried again.
     retry_seconds: float = 1.0
 
@@ -85,6 +91,13 @@ class Started(NamedTuple):
     replayed: Replayed
 
 
+def make_reserve(directory: Path, options: Options, files: Files) -> None:
+    """Keeps some space for the next start; raises ``OSError``."""
+    path = directory / RESERVE_NAME
+    if not path.exists() or path.stat().st_size < options.reserve_bytes:
+        files.close(files.create(path, b"", options.reserve_bytes))
+
+
 def lock_directory(directory: Path) -> int:
     """Takes the exclusive lock of a data directory until the returned descriptor is closed, or the process ends."""
     descriptor = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -102,7 +115,19 @@ def read_boot_id() -> bytes:
 
 
 def start(directory: Path, files: Files, clock: Callable[[], int], options: Options, boot_id: bytes) -> Started:
-    """Raises :class:`DirectoryBusy`, ``CorruptStore``, ``CorruptLog`` or ``OSError``; then nothing is left open."""
+    """Raises :class:`DirectoryBusy`, ``CorruptStore``, ``CorruptLog`` or ``OSError``; then nothing is left open. If the
+    disk is full the reserve is spent; ``Engine`` makes it again as soon as it can."""
+    try:
+        return _start(directory, files, clock, options, boot_id)
+    except (OSError, StoreFull) as error:
+        reserve = directory / RESERVE_NAME
+        if not (isinstance(error, StoreFull) or is_full(error)) or not reserve.exists():
+            raise
+        files.delete(reserve)
+    return _start(directory, files, clock, options, boot_id)
+
+
+def _start(directory: Path, files: Files, clock: Callable[[], int], options: Options, boot_id: bytes) -> Started:
     lock = lock_directory(directory)
     store: Store | None = None
     try:
@@ -188,6 +213,8 @@ class _Start:
     def run(self, clock: Callable[[], int], boot_id: bytes) -> Started:
         replayed = self._replay()
         boot = self._next_boot(boot_id, replayed.end)
+        # Before the new segment is made: it may be this space that it needs.
+        self.segments = trim(self.segments, self.files)
         for segment in self.segments:
             if segment.header.epoch == self.segments[-1].header.epoch:
                 sync_file(segment.path)
@@ -238,7 +265,6 @@ class _Start:
         write_growing(self.store, overlay.rows)
         self.files.step("checkpoint:after-commit")
         self.layers.overlay = Overlay()
-        log.kept[:-1] = trim(log.kept[:-1], self.files)
         ids = Ids(old)
         replayed = replayed._replace(time_ns=time_ns)
         return Started(self.lock, self.store, log, self.layers, ids, epoch, 1, survived, boot, replayed)

@@ -351,10 +351,10 @@ async def test_a_check_runs_beside_changes(tmp_path: Path) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(change)
             report = await committer.check()
-            assert len(names(committer)) > 600, "changes went on"
+            assert len(names(committer)) > 500, "changes went on"
             nursery.cancel_scope.cancel()
         assert report.problems == []
-        assert report.rows > 1500
+        assert report.rows >= 1500
 
 
 # -- full and failing disks ----------------------------------------------------------------------------------------
