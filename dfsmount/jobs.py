@@ -1,4 +1,4 @@
-"""Tasks that outlive the request that started them: one nursery for each owner, which ends with the mount."""
+"""Tasks that outlive the request that started them, and how to wake one."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -30,3 +30,17 @@ class Jobs:
                 await trio.sleep_forever()
         finally:
             self._nursery = None
+
+
+class Signal:
+    """Wakes the one task that waits; a signal given before is not lost."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+        self._event = trio.Event()

@@ -20,16 +20,17 @@ from typing import Protocol
 import structlog
 import trio
 
-from dfsmount.blocks import Block, cut_run, extents_of
-from dfsmount.chunkwriter import Failure, OpenChunk, Sent
-from dfsmount.dirty import LAYER_BYTES, Layer
+from dfsmount.batch import Batch, Item, Placed, blocker_of
+from dfsmount.chunkwriter import Failure, OpenChunk
+from dfsmount.dirty import LAYER_BYTES
 from dfsmount.filestate import FileState
+from dfsmount.jobs import Signal
 from dfsmount.meta import Meta
-from dfsmount.schedule import BATCH_BYTES, Chosen, Schedule
+from dfsmount.schedule import BATCH_BYTES, Schedule
 from dfsmount.supply import PASSING, ChunkSupply
 from metaserver import protocol
 from metaserver.errors import DfsError, ErrorCode
-from metaserver.protocol import COMMIT_EXTENTS, ChunkProgress, Commit, Committed, Extent, FileCommit
+from metaserver.protocol import COMMIT_EXTENTS, ChunkProgress, Commit, Committed, FileCommit
 
 log = structlog.get_logger(__name__)
 
@@ -48,40 +49,6 @@ SESSION_OVER = frozenset({ErrorCode.NOT_OWNER, ErrorCode.STALE_SESSION})
 TOLD = frozenset({ErrorCode.NO_SPACE, ErrorCode.FILE_TOO_BIG})
 
 
-class Item:
-    """One layer of one file in a batch."""
-
-    __slots__ = ("blocks", "file", "layer")
-
-    def __init__(self, file: FileState, layer: Layer) -> None:
-        self.file = file
-        self.layer = layer
-        self.blocks: list[Block] = [
-            block for offset, pieces in layer.each_run() for block in cut_run(file.ino, offset, pieces)
-        ]
-
-
-class Batch:
-    """Layers that are appended to one chunk together, under one sync. ``chunk`` and ``at`` (where it begins there) are
-    set while it is sent."""
-
-    def __init__(self, chosen: Chosen) -> None:
-        self.items = [Item(file, layer) for file, layer in chosen]
-        self.length = sum(item.layer.size for item in self.items)
-        self.blocks = sum(len(item.blocks) for item in self.items)
-        self.rows = sum(item.layer.runs + 1 for item in self.items)
-        self.chunk: OpenChunk | None = None
-        self.sent: Sent | None = None
-        self.at = 0
-
-    def file_commits(self) -> Iterator[tuple[Item, tuple[Extent, ...]]]:
-        assert self.chunk is not None
-        at = self.at
-        for item in self.items:
-            yield item, tuple(extents_of(item.blocks, self.chunk.chunk, at))
-            at += item.layer.size
-
-
 class Owner(Protocol):
     """What a lane needs of the writer."""
 
@@ -98,23 +65,6 @@ class Owner(Protocol):
     def room_lost(self) -> None: ...
 
     def idle_chunk(self, length: int, blocks: int) -> OpenChunk | None: ...
-
-
-Placed = tuple[Batch, Item, tuple[Extent, ...]]
-
-
-class Signal:
-    """Wakes the one task that waits; a signal given before is not lost."""
-
-    def __init__(self) -> None:
-        self._event = trio.Event()
-
-    def set(self) -> None:
-        self._event.set()
-
-    async def wait(self) -> None:
-        await self._event.wait()
-        self._event = trio.Event()
 
 
 class Lane:
@@ -302,14 +252,14 @@ class Lane:
                 await self._has_answered.wait()
                 continue
             group = self._group()
-            blocker = _blocker(group)
+            blocker = blocker_of(group)
             if blocker is not None:
                 await blocker.settled.park()
                 continue
             await self._commit_group(group)
 
     async def _commit_group(self, group: list[Batch]) -> None:
-        items = [(batch, item, extents) for batch in group for item, extents in batch.file_commits()]
+        items = [placed for batch in group for placed in batch.placed()]
         try:
             self._committed(items, await self._ask(items))
         except DfsError as error:
@@ -393,16 +343,3 @@ class Lane:
 def _lost(error: DfsError) -> DfsError:
     """What the files are told."""
     return DfsError(error.code if error.code in TOLD else ErrorCode.IO, f"written data was lost: {error.text}")
-
-
-def _blocker(group: list[Batch]) -> FileState | None:
-    """A file of which an older layer, in another lane, is not committed yet."""
-    mine = {item.layer for batch in group for item in batch.items}
-    for batch in group:
-        for item in batch.items:
-            layers = item.file.dirty.layers
-            if layers and layers[0] is not item.layer:
-                older = layers[: layers.index(item.layer)] if item.layer in layers else []
-                if any(layer not in mine for layer in older):
-                    return item.file
-    return None

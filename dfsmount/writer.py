@@ -15,7 +15,8 @@ import trio
 from dfsmount.chunkwriter import OpenChunk, Requests
 from dfsmount.dirty import LAYER_BYTES
 from dfsmount.filestate import FileState
-from dfsmount.lane import Lane, Signal
+from dfsmount.jobs import Signal
+from dfsmount.lane import Lane
 from dfsmount.meta import Meta
 from dfsmount.schedule import Delays, Schedule
 from dfsmount.supply import ChunkSupply
@@ -133,10 +134,11 @@ class Writer:
         self._released(file, before - file.dirty.cost)
 
     async def flush_all(self) -> None:
-        """:meth:`flush` for every file."""
-        async with trio.open_nursery() as nursery:
-            for file in [*self._files]:
-                nursery.start_soon(self.flush, file)
+        """:meth:`flush` for every file that is dirty at the call."""
+        self.schedule.want_all()
+        self._wake_all()
+        for file in [*self._files]:
+            await self.flush(file)
 
     async def close(self) -> None:
         """:meth:`flush_all`, and seals what is open; for unmounting."""

@@ -89,6 +89,7 @@ class FakeServer:
         self.replicas: dict[int, FakeReplica] = {}
         self.troubles: deque[Trouble] = deque()
         self.down = False
+        self.silent = False
         self.corrupt = False
         self.read_seconds = 0.0
         self.appends = 0
@@ -113,6 +114,7 @@ class FakePool:
     def __init__(self, count: int = 3) -> None:
         self.servers = {number: FakeServer(number) for number in range(1, count + 1)}
         self.latency_seconds = 0.001
+        self.disk_seconds = 0.0
 
     def start(
         self,
@@ -127,6 +129,8 @@ class FakePool:
         server = self.servers[peer.server]
         if server.down:
             return FakeCall(ConnectionLost("down"), now + self.latency_seconds)
+        if server.silent:
+            return FakeCall(DfsError(ErrorCode.TIMEOUT), now + timeout)
         if method is chunk_protocol.PING:
             return FakeCall(Empty(), now + self.latency_seconds)
         assert method is chunk_protocol.APPEND
@@ -134,12 +138,15 @@ class FakePool:
             outcome, seconds = self._append(server, message, b"".join(payload))
         except DfsError as error:
             outcome, seconds = error, 0.0
+        seconds += self.disk_seconds
         if seconds >= timeout:
             return FakeCall(DfsError(ErrorCode.TIMEOUT), now + timeout)
         return FakeCall(outcome, now + self.latency_seconds + seconds)
 
     def _append(self, server: FakeServer, request: Append, payload: bytes) -> tuple[Any, float]:
         server.appends += 1
+        if server.silent:
+            return None, 1e9
         trouble = server.troubles.popleft() if server.troubles else None
         if server.down or trouble is Trouble.DROP:
             raise ConnectionLost("dropped")

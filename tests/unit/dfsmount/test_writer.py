@@ -448,3 +448,48 @@ async def test_a_cancelled_flush_loses_nothing(autojump_clock: trio.testing.Mock
         assert file.is_dirty
         await bench.writer.flush(file)
         assert bench.meta.content(file.ino) == b"x"
+
+
+@pytest.mark.parametrize("place", [0, 1])
+async def test_a_time_out_is_blamed_on_who_does_not_answer_a_ping(
+    place: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_bench() as bench:
+        file = bench.create()
+        await bench.writer.write(file, 0, b"before")
+        await bench.writer.flush(file)
+        chunk, servers = next((n, c.servers) for n, c in bench.meta.chunks.items() if c.length)
+        bench.pool.servers[servers[place]].silent = True
+        await bench.writer.write(file, 6, b" after")
+        started = trio.current_time()
+        await bench.writer.flush(file)
+        assert trio.current_time() - started < 7
+        await trio.sleep(1)
+        assert bench.meta.sealed == [(chunk, (servers[place],))]
+        assert bench.meta.content(file.ino) == b"before after"
+
+
+async def test_disks_slow_for_everybody_do_not_end_every_chunk(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_bench() as bench:
+        bench.pool.disk_seconds = 7.0
+        file = bench.create()
+        for number in range(10):
+            await bench.writer.write(file, number * 10, b"0123456789")
+            await bench.writer.flush(file)
+        assert file.error is None
+        assert len(bench.meta.sealed) == 1
+        assert bench.meta.content(file.ino) == b"0123456789" * 10
+
+
+async def test_a_lane_is_free_again_when_its_file_is_discarded(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_bench() as bench:
+        for _ in range(6):
+            file = bench.create()
+            for offset in range(20):
+                await bench.writer.write(file, offset * MIB, part(MIB))
+            assert file.lane != 0
+            bench.writer.discard(file)
+            while file.is_dirty:
+                await file.settled.park()
+            assert file.lane == 0
+        assert [lane.owner for lane in bench.writer.lanes] == [None] * 4
