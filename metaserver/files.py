@@ -63,6 +63,17 @@ class Files:
             raise
         return descriptor
 
+    def reserve(self, path: Path, size: int) -> None:
+        """Makes a file that only takes up space; if there is not enough, there is no such file afterwards."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+
     def delete(self, path: Path) -> None:
         self.step("segment:before-delete")
         path.unlink(missing_ok=True)

@@ -4,10 +4,11 @@ A layer maps row keys to values, or to None: a tombstone, which hides the row in
 byte of table number followed by the key, here and in the store: one sorted space, in which a table is a range.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
-from sortedcontainers import SortedDict
+from sortedcontainers import SortedList
 
 from metaserver.schema import Table
 
@@ -22,33 +23,53 @@ def row_key(table: Table, key: bytes) -> bytes:
 
 
 class Overlay:
-    """One in-memory layer. Frozen by convention: whoever hands it to a checkpoint stops changing it."""
+    """One in-memory layer. Frozen by convention: whoever hands it to a checkpoint stops changing it.
 
-    __slots__ = ("get", "rows")
+    Keys are sorted only when their table is scanned: a sorted insert costs as much as all else a change does to a row
+    (2.2 us), and inodes, names and answers are mostly looked up. ``rows`` is in the order of first changes.
+    """
 
-    def __init__(self, rows: Rows | Iterable[Row] = ()) -> None:
-        self.rows: SortedDict = SortedDict(rows)
+    __slots__ = ("_sorted", "_unsorted", "get", "rows")
+
+    def __init__(self, rows: Rows | None = None) -> None:
+        self.rows: dict[bytes, bytes | None] = {}
+        # By table: keys in order, and keys of ``rows`` that are not among them yet.
+        self._sorted: dict[int, SortedList] = {}
+        self._unsorted: defaultdict[int, list[bytes]] = defaultdict(list)
         # The dict's own method: a lookup costs no Python frame.
         self.get: Any = self.rows.get
+        if rows:
+            self.apply(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def apply(self, changes: Rows) -> None:
         """Lays ``changes`` over what is here."""
-        rows = self.rows
+        rows, unsorted = self.rows, self._unsorted
         for key, value in changes.items():
+            if key not in rows:
+                unsorted[key[0]].append(key)
             rows[key] = value
 
     def scan(self, start: bytes, stop: bytes) -> Iterator[Row]:
-        """Rows and tombstones with start <= key < stop in key order; the layer must not change meanwhile."""
+        """Rows and tombstones of one table with start <= key < stop in key order; no changes meanwhile."""
         rows = self.rows
-        return ((key, rows[key]) for key in rows.irange(start, stop, (True, False)))
+        return ((key, rows[key]) for key in self._keys(start[0]).irange(start, stop, (True, False)))
 
     def scan_back(self, start: bytes, stop: bytes) -> Iterator[Row]:
         """The same from the end."""
         rows = self.rows
-        return ((key, rows[key]) for key in rows.irange(start, stop, (True, False), reverse=True))
+        return ((key, rows[key]) for key in self._keys(start[0]).irange(start, stop, (True, False), reverse=True))
+
+    def _keys(self, table: int) -> SortedList:
+        keys = self._sorted.get(table)
+        if keys is None:
+            keys = self._sorted[table] = SortedList()
+        unsorted = self._unsorted.pop(table, None)
+        if unsorted:
+            keys.update(unsorted)
+        return keys
 
 
 def merge(newer: Iterator[Row], older: Iterator[Row]) -> Iterator[Row]:

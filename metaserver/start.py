@@ -95,7 +95,7 @@ def make_reserve(directory: Path, options: Options, files: Files) -> None:
     """Keeps some space for the next start; raises ``OSError``."""
     path = directory / RESERVE_NAME
     if not path.exists() or path.stat().st_size < options.reserve_bytes:
-        files.close(files.create(path, b"", options.reserve_bytes))
+        files.reserve(path, options.reserve_bytes)
 
 
 def lock_directory(directory: Path) -> int:

@@ -388,6 +388,46 @@ async def test_on_a_full_disk_only_deletions_go_on(tmp_path: Path, gate: Gate) -
         create(committer, b"space again")
 
 
+class SmallDisk(Files):
+    """A file system in which a segment fits only as long as there is no reserve, or ``space`` is there."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.reserve_path = directory / "reserve"
+        self.space = True
+
+    def create(self, path: Path, head: bytes, size: int) -> int:
+        if not self.space and self.reserve_path.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().create(path, head, size)
+
+    def reserve(self, path: Path, size: int) -> None:
+        if not self.space:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().reserve(path, size)
+
+
+async def test_a_start_on_a_full_disk_uses_the_reserve(tmp_path: Path) -> None:
+    options = Options(checkpoint_seconds=3600, segment_bytes=1 << 16, reserve_bytes=1 << 12, retry_seconds=0.01)
+    files = SmallDisk(tmp_path)
+    async with open_committer(tmp_path, options=options, files=files) as committer:
+        prepare(committer)
+        create(committer, b"a")
+        await until(files.reserve_path.exists)
+    files.space = False
+    async with open_committer(tmp_path, options=options, files=files) as committer:
+        assert not files.reserve_path.exists()
+        await until(lambda: committer.log_full)
+        with pytest.raises(DfsError) as caught:
+            create(committer, b"b")
+        assert caught.value.code is ErrorCode.NO_SPACE
+        committer.change(1, 0, lambda tx, _: tx.delete(Table.XATTRS, b"x"), frees=True)
+        files.space = True
+        await until(lambda: not committer.log_full)
+        assert files.reserve_path.stat().st_size == 1 << 12
+        create(committer, b"b")
+
+
 async def test_a_checkpoint_on_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from metaserver import store
 

@@ -9,6 +9,7 @@ from metaserver.schema import Table
 from metaserver.transaction import ChangeTransaction, Layers, ReadTransaction
 
 KEYS = st.binary(min_size=1, max_size=2).map(lambda key: bytes(byte & 3 for byte in key))
+TABLE = b"\x05"
 VALUES = st.binary(max_size=3)
 LAYER = st.dictionaries(KEYS, st.none() | VALUES, max_size=12)
 BASE = st.dictionaries(KEYS, VALUES, max_size=12)
@@ -28,10 +29,25 @@ def in_range(rows: Rows, start: bytes, stop: bytes) -> list[tuple[bytes, bytes |
 
 @given(LAYER, LAYER, KEYS, KEYS)
 def test_a_merge_shows_the_newer_of_two_rows(old: Rows, new: Rows, start: bytes, stop: bytes) -> None:
+    old, new = ({TABLE + key: value for key, value in rows.items()} for rows in (old, new))
+    start, stop = TABLE + start, TABLE + stop
     older, newer = Overlay(old), Overlay(new)
     expected = in_range(flatten(old, new), start, stop)
     assert list(merge(newer.scan(start, stop), older.scan(start, stop))) == expected
     assert list(merge_back(newer.scan_back(start, stop), older.scan_back(start, stop))) == expected[::-1]
+
+
+@given(st.lists(st.tuples(LAYER, KEYS, KEYS)))
+def test_scans_between_changes_show_all_of_them(batches: list[tuple[Rows, bytes, bytes]]) -> None:
+    overlay = Overlay()
+    expected: dict[bytes, bytes | None] = {}
+    for rows, start, stop in batches:
+        # The first byte is the table; a scan stays in one.
+        overlay.apply(rows)
+        expected |= rows
+        stop = start[:1] + stop[1:]
+        assert list(overlay.scan(start, stop)) == in_range(expected, start, stop)
+        assert list(overlay.scan_back(start, stop)) == in_range(expected, start, stop)[::-1]
 
 
 @given(LAYER, LAYER)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trio
 from engine_rows import create, names, prepare
 
 from metaserver.commit import Committer, open_committer
@@ -260,6 +261,17 @@ async def test_the_check_of_a_directory_changes_nothing(tmp_path: Path) -> None:
     report = check_directory(tmp_path)
     assert report.problems == []
     assert contents(tmp_path) == before
+
+
+async def test_much_log_makes_a_snapshot(tmp_path: Path) -> None:
+    options = Options(checkpoint_seconds=0.01, snapshot_log_bytes=20_000, segment_bytes=1 << 16, map_bytes=1 << 20)
+    async with open_committer(tmp_path, options=options) as committer:
+        prepare(committer)
+        many(100)(committer)
+        with trio.fail_after(10):
+            while not list_snapshots(tmp_path / "snapshots"):  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert committer.log.appended < 20_000
 
 
 async def test_no_space_for_a_snapshot_is_not_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
