@@ -199,9 +199,14 @@ class Connection:
             raise self.lost
         request_id = self._new_request_id()
         body = wire.encode(wire.Request(int(timeout * 1000), epoch, operation, message, replay))
-        self._send(Kind.REQUEST, method.number, request_id, body, payload, trace_id)
         pending = Pending(self, method, request_id, trio.current_time() + timeout)
+        # Before it is sent: if the connection turns out to be broken then, the end of it resolves what is pending.
         self._pending[request_id] = pending
+        try:
+            self._send(Kind.REQUEST, method.number, request_id, body, payload, trace_id)
+        except BaseException:
+            del self._pending[request_id]
+            raise
         return pending
 
     async def call(

@@ -203,3 +203,32 @@ async def test_an_old_protocol_version_is_told_so(monkeypatch: pytest.MonkeyPatc
         error = wire.decode_failure(bytes(data[24:count]))
         assert error.code is ErrorCode.WRONG_VERSION
         stream.close()
+
+
+class BrokenWhenSending:
+    """A transport whose peer is gone, which shows only when something is sent."""
+
+    name = "peer"
+
+    def try_send(self, buffers: object) -> int:
+        raise ConnectionLost("reset by peer")
+
+    async def wait_writable(self) -> None:
+        await trio.sleep_forever()
+
+    def try_receive_into(self, view: memoryview) -> int:
+        return 0
+
+    async def wait_readable(self) -> None:
+        await trio.sleep_forever()
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+async def test_a_call_whose_sending_ends_the_connection_does_not_wait_for_ever(autojump_clock: object) -> None:
+    connection = Connection(BrokenWhenSending(), connections.refuse, wire.Hello(1, "", "", 0, b"", b""))
+    pending = connection.start(Method(1, "x", wire.Empty, wire.Empty), wire.Empty())
+    assert connection.calls_in_flight == 0
+    with trio.fail_after(5), pytest.raises(ConnectionLost):
+        await pending.wait()
