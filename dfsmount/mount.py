@@ -34,6 +34,7 @@ from dfsmount.waiting import Waiting
 from dfsmount.writer import Writer, WriterOptions
 from metaserver import systemd
 from metaserver.client import Hooks, MetaClient, SessionIdentity, open_meta
+from metaserver.connection import keep_large_buffers
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.key import ClusterKey, KeyFileError, load_key
 
@@ -126,6 +127,7 @@ def run(plan: MountPlan, ready: Callable[[], None]) -> int:
     """
     key = find_key(plan.options)
     _raise_limits()
+    keep_large_buffers()
     try:
         return trio.run(_serve, plan, key, ready)
     except* MountError as group:
