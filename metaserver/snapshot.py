@@ -4,13 +4,14 @@
 kept, and the changelog from the older one of them on: either of them, with the log after it, is the whole state.
 """
 
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 from metaserver.files import Files, sync_file
 from metaserver.logrecord import Position
 from metaserver.start import stored_position
-from metaserver.store import Store
+from metaserver.store import PAUSE_SECONDS, Store
 
 SUFFIX = ".mdb"
 KEPT_SNAPSHOTS = 2
@@ -38,7 +39,8 @@ def verify_snapshot(path: Path) -> Position:
     store = Store.open_readonly(path)
     try:
         for _ in store.verify():
-            pass
+            # As in Store.write: otherwise the event loop waits for this thread again and again.
+            time.sleep(PAUSE_SECONDS)
         return stored_position(store)
     finally:
         store.close()

@@ -16,6 +16,7 @@ belongs to the thread of the event loop.
 
 import os
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,13 @@ _CRC = struct.Struct("<I")
 _META = struct.Struct("<16xIIQQI92xQQ")
 _META_MAGIC = 0xBEEFC0DE
 _META_VERSION = 1
+# A thread that gives up the interpreter for the microsecond of each LMDB call takes it back before the event loop has
+# woken up, which then waits for sys.getswitchinterval (5 ms). So a write really sleeps now and then. A checkpoint of
+# 20,000 changes beside 20,000 changes a second: gaps of the loop p99 3.7 ms without, 0.25 ms with a sleep every 64 rows
+# (256 rows: 1.6 ms; 16 rows: 0.4 ms and twice as long). With very many rows to write, catching up is more important.
+PAUSE_ROWS = 64
+PAUSE_SECONDS = 50e-6
+CATCH_UP_ROWS = 400_000
 TABLES = tuple(table for table in Table if table is not Table.TOTALS)
 
 
@@ -321,7 +329,10 @@ class Store(Reader):
         counts = [0] * len(PREFIX)
         checksums = [0] * len(PREFIX)
         replace, pop, pack = transaction.replace, transaction.pop, _CRC.pack
-        for key, value in rows.items():
+        pauses = len(rows) < CATCH_UP_ROWS
+        for position, (key, value) in enumerate(rows.items(), 1):
+            if pauses and position % PAUSE_ROWS == 0:
+                time.sleep(PAUSE_SECONDS)
             table = key[0]
             if value is None:
                 old = pop(key)

@@ -179,6 +179,17 @@ async def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path) -> None:
         assert not committer.boot_lost_tail
 
 
+def test_no_flipped_bit_of_the_store_goes_unnoticed(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("flip_bits.py")
+    environment = {**os.environ, "PYTHONPATH": str(program.parents[2])}
+    command = [sys.executable, str(program), str(tmp_path), "150", "7"]
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    seen = {outcome: int(times) for outcome, times in (line.split() for line in output.splitlines())}
+    assert sum(seen.values()) == 150
+    assert seen["noticed"] > 10
+    assert "unnoticed" not in seen
+
+
 # -- power cuts ----------------------------------------------------------------------------------------------------
 
 
