@@ -124,7 +124,7 @@ def servers_table(servers: Iterable[ServerStatus]) -> Table:
             f"{server.last_heartbeat_seconds:.0f} s ago",
             server.data_path,
         )
-        for server in servers
+        for server in sorted(servers, key=lambda server: server.name)
     ]
     columns = ("SERVER", "STATE", "ADDRESS", "CHUNKS", "USED", "FREE", "HEARTBEAT", "DATA")
     return table(columns, rows, ("CHUNKS", "USED", "FREE"))

@@ -1,5 +1,6 @@
 """`dfs up`: starts what does not run, mounts, and proves that it works. Does nothing twice."""
 
+import errno
 import os
 import shlex
 import shutil
@@ -32,8 +33,7 @@ def up(data: Path, mountpoint: Path, wanted: Wanted, say: Say) -> bool:
         mounted = start_mount(layout, cluster, mountpoint, say)
         dfs_find.register(cluster.address, data)
         if started or mounted:
-            probe(mountpoint)
-            say("A probe file was written, synced, read and removed: it works")
+            say(probe(mountpoint))
         return started or mounted
 
 
@@ -140,17 +140,20 @@ def start_mount(layout: Layout, cluster: Cluster, mountpoint: Path, say: Say) ->
     return True
 
 
-def probe(mountpoint: Path) -> None:
-    """Writes, syncs, reads and removes a file; :class:`Problem` if that fails, or does not end in time."""
+def probe(mountpoint: Path) -> str:
+    """Writes, syncs, reads and removes a file, and says that it worked; :class:`Problem` if it did not, or not in time.
+
+    A full cluster is not a failure of the mount, but something to say.
+    """
     name = f".dfs-up-probe-{socket.gethostname()}-{os.getpid()}"
-    outcome: list[str] = []
+    outcome: list[OSError | None] = []
 
     def run() -> None:
         try:
             try_file(mountpoint / name)
-            outcome.append("")
+            outcome.append(None)
         except OSError as error:
-            outcome.append(error.strerror or str(error))
+            outcome.append(error)
 
     # In a thread: a mount that hangs must not take this command with it.
     worker = threading.Thread(target=run, daemon=True)
@@ -160,8 +163,14 @@ def probe(mountpoint: Path) -> None:
         raise Problem(
             f"{mountpoint} is mounted, but a write did not end within {PROBE_SECONDS:.0f} s: see `dfs status`"
         )
-    if outcome[0]:
-        raise Problem(f"{mountpoint} is mounted, but writing a file there fails: {outcome[0]} (see `dfs status`)")
+    error = outcome[0]
+    if error is None:
+        return "A probe file was written, synced, read and removed: it works"
+    if error.errno == errno.ENOSPC:
+        return "It works, but the cluster is full: what is there can be read and removed"
+    raise Problem(
+        f"{mountpoint} is mounted, but writing a file there fails: {error.strerror or error} (see `dfs status`)"
+    )
 
 
 def try_file(path: Path) -> None:
