@@ -46,6 +46,8 @@ class Changes:
         self._repair = repair
         self._tasks = tasks
         self.refusing = ""
+        # How many inodes there are.
+        self.inodes = 0
         self._table: dict[int, Callable[[SessionState, Request[Any]], Applied]] = {
             protocol.SET_ATTRIBUTES.number: self._set_attributes,
             protocol.MAKE.number: self._make,
@@ -105,6 +107,7 @@ class Changes:
             # Of a directory a session wants to hear what others do in it; it never has anything to be fetched.
             writing = not stat.S_ISDIR(made.entry.attributes.mode)
             self._sessions.open(session, made.entry.attributes.ino, writing=writing)
+        self.inodes += made.created and not change.repeated
         if made.created:
             self._tell(session, (message.parent,))
         return self._applied(change)
@@ -264,6 +267,7 @@ class Changes:
     def carry_out(self, effects: Effects) -> None:
         """What follows from a change that has succeeded."""
         self._sessions.orphans.update(effects.orphans)
+        self.inodes -= effects.removed
         for chunk in effects.dead:
             self._repair.look_at(chunk)
         for number, task in effects.tasks:

@@ -135,13 +135,15 @@ class Control:
         if self._changes.refusing:
             return
 
-        def apply(tx: Transaction, now_ns: int) -> list[int]:
-            return [chunk for chunk in gone if reports.apply_missing(tx, member.server, chunk)]
+        def apply(tx: Transaction, now_ns: int) -> list[reports.Finding]:
+            return [reports.apply_missing(tx, member.server, chunk) for chunk in gone]
 
-        for chunk in self._committer.change(0, 0, apply, frees=True).message:
-            log.warning("a replica is gone", chunk=f"{chunk:x}", server=member.server)
-            self._repair.look_at(chunk)
-        for chunk in gone:
+        findings = self._committer.change(0, 0, apply, frees=True).message
+        for chunk, finding in zip(gone, findings, strict=True):
+            if finding is reports.Finding.LOST:
+                log.warning("a replica is gone", chunk=f"{chunk:x}", server=member.server)
+            if finding is not reports.Finding.FINE:
+                self._repair.look_at(chunk)
             self._repair.gone(chunk, member.server)
 
     async def heartbeat(self, server: int, told: Heartbeat) -> HeartbeatReply:

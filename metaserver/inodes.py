@@ -30,11 +30,12 @@ Openers = Callable[[int], Collection[int]]
 
 class Effects(msgspec.Struct):
     """What a change brought about besides its rows, for those who must act on it once it has succeeded: DEAD chunks,
-    new orphans, new tasks."""
+    new orphans, new tasks, and how many inodes are no more."""
 
     dead: list[int] = []
     orphans: list[int] = []
     tasks: list[tuple[int, Task]] = []
+    removed: int = 0
 
 
 def find(tx: Transaction, ino: int) -> Inode | None:
@@ -164,4 +165,5 @@ def remove_step(tx: Transaction, ino: int, inode: Inode, effects: Effects) -> bo
         for key in [key for key, _ in tx.scan(Table.XATTRS, prefix, after(prefix))]:
             tx.delete(Table.XATTRS, key)
     tx.delete(Table.INODES, inode_key(ino))
+    effects.removed += 1
     return True

@@ -16,7 +16,7 @@ from metaserver.members import Members
 from metaserver.protocol import ROOT_INO
 from metaserver.repair import Repair
 from metaserver.resume import Resuming
-from metaserver.schema import Server, Table, Transaction, inode_key
+from metaserver.schema import Server, Table, Total, Transaction, inode_key, totals_key
 from metaserver.service import Client, Service
 from metaserver.sessions import Sessions
 from metaserver.status import StatusReader
@@ -59,7 +59,10 @@ class Parts:
 
     def load(self) -> None:
         """Makes the root of a new cluster; takes up servers, open chunks, tasks, sessions and orphans."""
-        self.committer.change(0, 0, _ensure_root)
+        # The engine has just written a checkpoint: the totals are exact.
+        totals, _ = self.committer.read(0, lambda tx: tx.get(Table.TOTALS, totals_key(Table.INODES)))
+        known = 0 if totals is None else Total.unpack(totals).count
+        self.changes.inodes = known + self.committer.change(0, 0, _ensure_root).message
         rows, _ = self.committer.read(0, lambda tx: list(tx.scan(Table.SERVERS, b"", b"\xff" * 5)))
         for key, value in rows:
             self.members.load(int.from_bytes(key, "big"), Server.unpack(value), self.clock.seconds)
@@ -74,9 +77,12 @@ class Parts:
         return Client(self.service)
 
 
-def _ensure_root(tx: Transaction, now_ns: int) -> None:
-    if tx.get(Table.INODES, inode_key(ROOT_INO)) is None:
+def _ensure_root(tx: Transaction, now_ns: int) -> bool:
+    """Whether there was none."""
+    missing = tx.get(Table.INODES, inode_key(ROOT_INO)) is None
+    if missing:
         inodes.make_root(tx, now_ns)
+    return missing
 
 
 def _open_chunks_and_orphans(tx: Transaction) -> tuple[list[tuple[int, int, list[int], int]], list[int]]:

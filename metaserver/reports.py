@@ -19,6 +19,7 @@ class Finding(Enum):
     UNSEALED = auto()
     LOOK = auto()
     UNKNOWN = auto()
+    LOST = auto()
 
 
 def apply_report(tx: Transaction, server: int, report: ReplicaReport) -> Finding:
@@ -50,24 +51,25 @@ def apply_report(tx: Transaction, server: int, report: ReplicaReport) -> Finding
     return _finding(row, state, report, changed=state is not old)
 
 
-def apply_missing(tx: Transaction, server: int, chunk: int) -> bool:
-    """The server has no such replica; whether that changes anything.
+def apply_missing(tx: Transaction, server: int, chunk: int) -> Finding:
+    """The server has no such replica. FINE: that changes nothing. LOOK: it was to go, and its row is gone. LOST: it was
+    counted on.
 
     Nothing was committed to a chunk that was only allocated: its first append may still come.
     """
     row = chunks.find(tx, chunk)
     value = tx.get(Table.REPLICAS, replica_key(chunk, server))
     if value is None:
-        return False
+        return Finding.FINE
     replica = Replica.unpack(value)
     if row is None or row.state == ChunkState.DEAD or replica.state == ReplicaState.DELETING:
         chunks.drop_replica(tx, chunk, server)
-        return True
+        return Finding.LOOK
     if replica.state in (ReplicaState.BAD, ReplicaState.COPYING) or row.length == 0:
-        return False
+        return Finding.FINE
     chunks.move_replica(replica, ReplicaState.BAD)
     chunks.save_replica(tx, chunk, server, replica)
-    return True
+    return Finding.LOST
 
 
 def missing_between(tx: Transaction, server: int, after: int, up_to: int, reported: Sequence[int]) -> list[int]:

@@ -24,7 +24,7 @@ from metaserver.members import Members
 from metaserver.protocol import Entry
 from metaserver.repair import DOUBTS, Repair
 from metaserver.resume import Resuming
-from metaserver.schema import Replica, Session, Table, Total, Transaction, replica_key, totals_key
+from metaserver.schema import Replica, Session, Table, Transaction, replica_key
 from metaserver.sessions import Sessions, SessionState
 from metaserver.tasks import Tasks
 from metaserver.wire import Empty, Method, Request
@@ -325,12 +325,7 @@ class Service:
 
     def _stat_fs(self, client: Client, request: Request[Any]) -> Result:
         total, free = self.members.space(self.config.copies)
-        return Reply(protocol.FsStats(total, free, self.inodes()), (), 0, self.committer.durable)
-
-    def inodes(self) -> int:
-        """How many inodes there were at the last checkpoint."""
-        value, _ = self.committer.read(0, lambda tx: tx.get(Table.TOTALS, totals_key(Table.INODES)))
-        return 0 if value is None else Total.unpack(value).count
+        return Reply(protocol.FsStats(total, free, self.changes.inodes), (), 0, self.committer.durable)
 
     # -- changes -------------------------------------------------------------------------------------------------
 

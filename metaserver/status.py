@@ -83,7 +83,7 @@ class StatusReader:
             self.servers(),
             self.sessions(),
             await self.health(),
-            self._service.inodes(),
+            self._changes.inodes,
             total,
             free,
             len(self._tasks),

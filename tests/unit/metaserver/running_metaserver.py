@@ -23,6 +23,7 @@ from metaserver.connection import Connection, Incoming, Reply, Result, accept_ha
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.parts import Parts
 from metaserver.protocol import CHANGES, Entry, Heartbeat, Make, OpenSession, Register, ReportPage
+from metaserver.schema import Table
 from metaserver.start import Options
 from metaserver.transport import SocketTransport
 from metaserver.wire import PROTOCOL_VERSION, Empty, Method, Replay
@@ -250,3 +251,5 @@ async def running(
             nursery.cancel_scope.cancel()
         if check:
             assert (await committer.check()).problems == []
+            rows, _ = committer.read(0, lambda tx: sum(1 for _ in tx.scan(Table.INODES, b"", b"\xff" * 9)))
+            assert parts.changes.inodes == rows

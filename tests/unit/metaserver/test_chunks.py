@@ -157,14 +157,14 @@ def test_replicas_that_are_missing() -> None:
     assert reports.missing_between(tx, 1, 0, 1 << 63, [first]) == [second, third]
     assert reports.missing_between(tx, 1, first, second, []) == [second]
     # Nothing was committed to the second: its first append may still come.
-    assert not reports.apply_missing(tx, 1, second)
-    assert reports.apply_missing(tx, 1, third)
+    assert reports.apply_missing(tx, 1, second) is Finding.FINE
+    assert reports.apply_missing(tx, 1, third) is Finding.LOST
     assert states(tx, third)[1] is ReplicaState.BAD
-    assert not reports.apply_missing(tx, 1, third)
+    assert reports.apply_missing(tx, 1, third) is Finding.FINE
     set_state(tx, first, 1, ReplicaState.DELETING)
-    assert reports.apply_missing(tx, 1, first)
+    assert reports.apply_missing(tx, 1, first) is Finding.LOOK
     assert 1 not in states(tx, first)
-    assert not reports.apply_missing(tx, 5, first)
+    assert reports.apply_missing(tx, 5, first) is Finding.FINE
 
 
 # -- plans -----------------------------------------------------------------------------------------------------------
