@@ -70,15 +70,19 @@ class FileState:
             if cut_here and new.data_version == known.data_version + 1:
                 self.extents.truncate(new.size)
             else:
-                self.forget_map()
+                self._forget_map()
         self._adopt(new)
         self._learn(entry)
 
     def forget_map(self) -> None:
-        """The map is not right any more: the contents changed, or a chunk has moved."""
+        """The map is not right any more: a chunk has moved."""
+        self._forget_map()
+        self._know_end()
+
+    def _forget_map(self) -> None:
+        """Before new attributes are adopted: of what lies past the old size nothing is known any more either."""
         self.extents.forget()
         self.places.clear()
-        self._know_end()
 
     def learn_page(self, page: FileMap, start: int, data_version: int) -> bool:
         """Takes a page of the map that was asked for from ``start`` on while ``data_version`` was known. False if the
@@ -162,7 +166,7 @@ class FileState:
             self.extents.apply(extents)
             self._adopt(attributes)
         elif attributes.data_version > version:
-            self.forget_map()
+            self._forget_map()
             self._adopt(attributes)
         else:
             # A later answer has overtaken this one: what is known of the map then contains these extents.

@@ -78,6 +78,18 @@ def test_a_change_elsewhere_forgets_the_map_unless_it_comes_along() -> None:
     assert list(file.extents) == [Extent(0, 10, 6, 0)]
 
 
+def test_growth_elsewhere_is_not_taken_for_a_hole() -> None:
+    """Past the old size nothing was mapped; after the change nothing is known there."""
+    file = FileState(entry(100, 3, 0, Extent(0, 100, 1, 0)))
+    file.refresh(unknown(150, 5))
+    assert file.extents.known_until(100) == 100
+    assert file.extents.known_until(150) == FILE_SIZE_MAX
+    file.write(0, b"x", 1)
+    assert file.committed(file.dirty.layers[0], attributes(200, 9), ())
+    assert file.extents.known_until(150) == 150
+    assert file.extents.known_until(200) == FILE_SIZE_MAX
+
+
 def test_a_page_of_another_version_is_not_taken() -> None:
     file = FileState(unknown(100, 1))
     page = FileMap((Extent(0, 50, 1, 0),), (ChunkPlace(1, (4,)),), 50)
