@@ -177,7 +177,8 @@ async def _serve(plan: MountPlan, key: ClusterKey | None, ready: Callable[[], No
         ):
             options = plan.options
             writer = Writer(meta, pool, _writer_options(options))
-            reader = Reader(meta, pool, _block_cache(options), ReaderOptions(give_up_seconds=options.timeout * 2 / 3))
+            # The kernel asks a second time for what its read-ahead could not get.
+            reader = Reader(meta, pool, _block_cache(options), ReaderOptions(options.timeout / 2))
             mounted.append(Mounted(plan, meta, writer, reader))
             return await mounted[0].run(ready)
     except DfsError as error:

@@ -66,7 +66,8 @@ def _bounded(kind: Kind) -> Callable[[Handler[P, R]], Handler[P, R]]:
             operation = waiting.begin(kind, name, arguments[0])
             try:
                 with operation.scope:
-                    return await handler(self, *arguments, **named)
+                    operation.work = handler(self, *arguments, **named)
+                    return await operation.work
                 raise FUSEError(errno.EIO)
             finally:
                 waiting.end(operation)

@@ -10,8 +10,9 @@ take them all, no more than ``limit`` of each kind may be in progress; further o
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from enum import IntEnum
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -39,9 +40,12 @@ class Kind(IntEnum):
 
 
 class Operation:
-    """One request of the kernel in progress. ``scope`` is to be entered around its work."""
+    """One request of the kernel in progress. ``scope`` is to be entered around ``work``, the coroutine that does it.
 
-    __slots__ = ("kind", "logged", "name", "scope", "serial", "started", "subject", "task")
+    The task's own coroutine would not do: it is pyfuse3's, which does not tell what it awaits.
+    """
+
+    __slots__ = ("kind", "logged", "name", "scope", "serial", "started", "subject", "work")
 
     def __init__(self, serial: int, kind: Kind, name: str, subject: object, started: float) -> None:
         self.serial = serial
@@ -51,17 +55,17 @@ class Operation:
         self.started = started
         self.logged = False
         self.scope = trio.CancelScope()
-        self.task = trio.lowlevel.current_task()
+        self.work: Coroutine[Any, Any, Any] | None = None
 
     def where(self) -> str:
-        """The innermost lines of our code that it waits at, outermost first."""
+        """The innermost lines of code that it waits at, outermost first."""
         places: deque[str] = deque(maxlen=4)
-        awaited: Any = self.task.coro
+        awaited: Any = self.work
         while awaited is not None:
             code: CodeType | None = getattr(awaited, "cr_code", None)
             frame = getattr(awaited, "cr_frame", None)
             if code is not None and frame is not None and "/trio/" not in code.co_filename:
-                places.append(f"{code.co_name}:{frame.f_lineno}")
+                places.append(f"{Path(code.co_filename).stem}.{code.co_name}:{frame.f_lineno}")
             awaited = getattr(awaited, "cr_await", None)
         return " > ".join(places)
 

@@ -19,7 +19,8 @@ async def stuck(waiting: Waiting, ended: list[str], seconds: float = float("inf"
     operation = waiting.begin(Kind.NAMES, "lookup", 1)
     try:
         with operation.scope:
-            await sleep_here(seconds)
+            operation.work = sleep_here(seconds)
+            await operation.work
         ended.append("given up" if operation.scope.cancelled_caught else "done")
     finally:
         waiting.end(operation)
@@ -51,7 +52,7 @@ async def test_a_long_wait_is_logged_once_with_its_place(
         await trio.sleep(20)
     assert [entry["event"] for entry in logs] == ["operation waits", "operation ended"]
     assert logs[0]["operation"] == "lookup"
-    assert "sleep_here" in logs[0]["at"]
+    assert logs[0]["at"].startswith("test_waiting.sleep_here:")
     assert logs[1]["seconds"] == 12
 
 
