@@ -28,13 +28,26 @@ def up(data: Path, mountpoint: Path, wanted: Wanted, say: Say) -> bool:
     layout = Layout(data)
     layout.prepare()
     with locked(layout):
+        new = layout.read_cluster() is None
         cluster = choose(layout, wanted, say)
         started = start_servers(layout, cluster, say)
+        if new:
+            give_to_starter(layout, cluster)
         mounted = start_mount(layout, cluster, mountpoint, say)
         dfs_find.register(cluster.address, data)
         if started or mounted:
             say(probe(mountpoint))
         return started or mounted
+
+
+def give_to_starter(layout: Layout, cluster: Cluster) -> None:
+    """Makes the person who starts a cluster the owner of its root directory; root is anyway."""
+    # Imported here: it brings along the whole client, which only the first start needs.
+    from dfsmount import dfs_owner
+
+    uid, gid = dfs_owner.starter(os.environ)
+    if uid:
+        dfs_owner.give_root(cluster, dfs_find.access_to_data(layout.data).key(), uid, gid)
 
 
 def hints(data: Path, mountpoint: Path) -> list[str]:

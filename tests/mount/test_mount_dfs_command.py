@@ -167,6 +167,21 @@ def test_down_and_up_bring_the_same_data_back(own_cluster: RealCluster) -> None:
     assert (own_cluster.mnt / "file").read_bytes() == content
 
 
+def test_a_new_cluster_belongs_to_the_person_behind_sudo(tmp_path: Path) -> None:
+    cluster = RealCluster(tmp_path / "c")
+    try:
+        words = ("up", cluster.mnt, "--data", cluster.data, "--port", str(cluster.wanted.port))
+        module("dfsmount.dfs", *words, env={"SUDO_UID": "1234", "SUDO_GID": "1235"})
+        found = cluster.mnt.stat()
+        assert (found.st_uid, found.st_gid) == (1234, 1235)
+        cluster.down()
+        cluster.up()
+        assert cluster.mnt.stat().st_uid == 1234
+        cluster.check()
+    finally:
+        cluster.destroy()
+
+
 def test_up_starts_only_what_does_not_run(own_cluster: RealCluster) -> None:
     own_cluster.kill("chunkserver2")
     before = own_cluster.pid("metaserver")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dfsmount import dfs_find, dfs_mounts, dfs_processes, dfs_services
+from dfsmount import dfs_find, dfs_mounts, dfs_owner, dfs_processes, dfs_services
 from dfsmount.dfs_layout import Cluster, Layout, Problem, write_toml
 from dfsmount.dfs_mounts import Mount
 from dfsmount.dfs_processes import Service
@@ -312,3 +312,12 @@ def wait_until(condition, seconds: float = 10.0) -> None:  # type: ignore[no-unt
     while not condition():
         assert time.monotonic() < deadline, "it never came to be"
         time.sleep(0.01)
+
+
+def test_the_person_behind_sudo_is_the_starter(monkeypatch: pytest.MonkeyPatch) -> None:
+    sudo = {"SUDO_UID": "1000", "SUDO_GID": "1001"}
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert dfs_owner.starter(sudo) == (1000, 1001)
+    assert dfs_owner.starter({"SUDO_UID": "x"})[0] == 0
+    monkeypatch.setattr(os, "geteuid", lambda: 1234)
+    assert dfs_owner.starter(sudo)[0] == 1234
