@@ -128,6 +128,8 @@ class MetaClient:
         self._answered: deque[Change[Any]] = deque()
         self._withdrawn: list[int] = []
         self._resend_failures: list[str] = []
+        # Answered changes of a session that has ended, until it is known which of them survived.
+        self._left: list[Change[Any]] = []
         self._servers: dict[int, ServerAddress] = {}
         self._closing = False
 
@@ -186,6 +188,9 @@ class MetaClient:
         """
         deadline = trio.current_time() + timeout
         while True:
+            if self._connection is None and self._changes:
+                # In a new epoch nothing is "seen" yet, while what the last one lost is still being sent again.
+                await self._connected(deadline)
             epoch, seen = self.epoch, self.seen
             if self.durable < seen:
                 await self.call(protocol.SYNC, protocol.Sync(seen), timeout=deadline - trio.current_time())
@@ -399,6 +404,8 @@ class MetaClient:
         if not resuming:
             self._next_operation = 0
             self._withdrawn = []
+        survived = {last.epoch: last.number for last in opened.survived}
+        self._note_lost(opened.epoch, survived)
         new_epoch = opened.epoch != self.epoch
         self.session, self.epoch, self.cluster_id = opened.session, opened.epoch, opened.cluster_id
         self.root, self.copies = opened.root, opened.copies
@@ -406,7 +413,7 @@ class MetaClient:
         if new_epoch:
             self.seen = self.durable = 0
         if resuming:
-            await self._resume(connection, {last.epoch: last.number for last in opened.survived})
+            await self._resume(connection, survived)
 
     async def _open(self, connection: Connection, session: int) -> protocol.SessionOpened:
         who = self._identity
@@ -473,7 +480,20 @@ class MetaClient:
                 change.error = DfsError(ErrorCode.IO, "the session has ended; whether the change happened is unknown")
                 if change.settled is not None:
                     change.settled.set()
+            else:
+                self._left.append(change)
         self._hooks.on_new_session()
+
+    def _note_lost(self, epoch: int, survived: dict[int, int]) -> None:
+        """What the ended session was answered and a crash took is an error at the next sync: nobody can send it again.
+        What this epoch answered came before the end of the session, which was durable before anybody heard of it."""
+        left, self._left = self._left, []
+        for change in left:
+            assert change.answer is not None
+            if change.epoch != epoch and change.answer.number > survived.get(change.epoch, -1):
+                text = f"{change.method.name} was lost in a crash of the metaserver, and the session has ended"
+                log.error("lost change", operation=change.operation, error=text)
+                self._resend_failures.append(text)
 
     async def _keep_alive(self, connection: Connection) -> None:
         while True:

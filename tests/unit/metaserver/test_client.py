@@ -223,6 +223,46 @@ async def test_an_evicted_mount_gets_a_new_session_and_is_told() -> None:
         assert script.resent == []
 
 
+async def test_a_sync_waits_until_what_a_crash_took_is_done_again() -> None:
+    script = Script()
+    async with a_world(script) as world:
+        await world.make()
+        resume_done, asked, window = script.resume_done, trio.Event(), trio.Event()
+
+        async def in_the_window(connection: Connection, request: Any) -> Reply:
+            asked.set()
+            await window.wait()
+            result = resume_done(connection, request)
+            assert isinstance(result, Reply)
+            return result
+
+        script.resume_done = in_the_window  # type: ignore[method-assign]
+        script.epoch, script.number, script.refuse_resent = 2, 0, {1}
+        world.cut()
+        with trio.fail_after(5):
+            await asked.wait()
+        with trio.move_on_after(0.2) as waited:
+            await world.meta.sync()
+        assert waited.cancelled_caught
+        window.set()
+        with pytest.raises(DfsError, match="lost in a crash"):
+            await world.meta.sync()
+
+
+@pytest.mark.parametrize(("epoch", "survived", "lost"), [(1, -1, False), (2, 1, False), (2, 0, True)])
+async def test_what_a_crash_took_from_an_evicted_mount_is_an_error_once(epoch: int, survived: int, lost: bool) -> None:
+    script = Script()
+    async with a_world(script) as world:
+        await world.make()
+        script.stale, script.epoch, script.survived = True, epoch, (protocol.LastNumber(1, survived),)
+        world.cut()
+        await world.meta.call(protocol.GET_ATTRIBUTES, protocol.GetAttributes(1))
+        if lost:
+            with pytest.raises(DfsError, match="lost in a crash"):
+                await world.meta.sync()
+        await world.meta.sync()
+
+
 async def test_a_change_that_times_out_is_withdrawn() -> None:
     script = Script()
     async with a_world(script) as world:
