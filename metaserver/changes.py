@@ -105,8 +105,11 @@ class Changes:
         made = change.message
         if message.open:
             # Of a directory a session wants to hear what others do in it; it never has anything to be fetched.
-            writing = not stat.S_ISDIR(made.entry.attributes.mode)
-            self._sessions.open(session, made.entry.attributes.ino, writing=writing)
+            ino, writing = made.entry.attributes.ino, not stat.S_ISDIR(made.entry.attributes.mode)
+            self._sessions.open(session, ino, writing=writing)
+            if session.resuming and request.replay is None:
+                # Its client could not declare what it has no answer about.
+                session.declared.add(ino)
         self.inodes += made.created and not change.repeated
         if made.created:
             self._tell(session, (message.parent,))

@@ -125,8 +125,11 @@ class Sessions:
     def declare(self, session: SessionState, opened: Iterable[Opened]) -> None:
         """What a returning session says it has open; :meth:`declared_all` then forgets the rest."""
         for item in opened:
+            orphan = item.ino in self.orphans
             self.close(session, item.ino)
             self.open(session, item.ino, writing=item.writing)
+            if orphan:
+                self.orphans.add(item.ino)
             session.declared.add(item.ino)
 
     def declared_all(self, session: SessionState) -> list[int]:

@@ -105,6 +105,39 @@ async def test_a_broken_connection_loses_nothing(data: Path) -> None:
         assert (repeated.message, repeated.ids) == (answer.message, answer.ids)
 
 
+async def test_a_file_whose_making_was_not_answered_is_open_all_the_same(data: Path) -> None:
+    async with running(data) as metaserver:
+        mount, other = await metaserver.mount(), await metaserver.mount()
+        # Operation 1 was carried out and its answer lost, operation 2 never arrived; 3 was closed since.
+        await mount.make(b"f", open=True)
+        closed = await mount.ask(protocol.MAKE, protocol.Make(1, b"closed", FILE, 0, 0, open=True), operation=3)
+        again = (
+            *(
+                mount.lost(protocol.MAKE, protocol.Make(1, name, FILE, 0, 0, open=True), number, None)
+                for number, name in enumerate((b"f", b"g"), 1)
+            ),
+            mount.lost(protocol.MAKE, protocol.Make(1, b"closed", FILE, 0, 0, open=True), 3, mount.replay(closed)),
+        )
+        resumed = await come_back(metaserver, mount, again=again)
+        results = {result.operation: protocol.MAKE.decode_reply(result.response) for result in resumed.results}
+        made = [results[number].message.entry.attributes.ino for number in (1, 2)]
+        assert metaserver.parts.sessions.writers == {ino: {mount.session} for ino in made}
+        for name in (b"f", b"g"):
+            await other.unlink(name)
+        for ino in made:
+            assert (await mount.call(protocol.GET_ATTRIBUTES, protocol.GetAttributes(ino))).attributes.nlink == 0
+
+
+async def test_what_has_no_name_is_removed_at_its_close_also_after_a_return(data: Path) -> None:
+    async with running(data) as metaserver:
+        mount = await metaserver.mount()
+        ino = await mount.make(b"f", open=True)
+        await mount.unlink(b"f")
+        await come_back(metaserver, mount, opened=(Opened(ino, True),))
+        await mount.call(protocol.CLOSE, protocol.Close((ino,)))
+        assert await mount.fails(protocol.GET_ATTRIBUTES, protocol.GetAttributes(ino)) is ErrorCode.STALE_INODE
+
+
 async def test_a_returning_session_has_to_finish_first(data: Path) -> None:
     async with running(data) as metaserver:
         mount = await metaserver.mount()
