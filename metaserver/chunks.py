@@ -154,7 +154,9 @@ def seal(tx: Transaction, chunk: int, row: Chunk, failed: Iterable[int]) -> bool
     doubtful = frozenset(failed)
     for server, replica in replicas(tx, chunk):
         if server in doubtful:
-            move_replica(replica, ReplicaState.UNSURE)
+            # Its server may have said already that it is worse than that.
+            if replica.good:
+                move_replica(replica, ReplicaState.UNSURE)
         else:
             replica.length, replica.entries, replica.chain = row.length, row.entries, row.chain
         save_replica(tx, chunk, server, replica)

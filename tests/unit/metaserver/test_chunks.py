@@ -82,6 +82,19 @@ def test_a_failed_replica_is_unsure_after_the_seal() -> None:
     assert caught.value.code is ErrorCode.NOT_OWNER
 
 
+@pytest.mark.parametrize("state", [ReplicaState.UNSURE, ReplicaState.BAD, ReplicaState.DELETING])
+def test_a_chunk_can_be_sealed_whatever_is_known_of_its_failed_replica(state: ReplicaState) -> None:
+    tx = MemoryRows()
+    chunk = chunks.allocate(tx, 0, SESSION, (1, 2), 2)
+    chunks.progress(tx, SESSION, ChunkProgress(chunk, 100, 4, 77))
+    row = find(tx, chunk)
+    row.live = 10
+    set_state(tx, chunk, 2, state)
+    assert not chunks.seal(tx, chunk, row, [2])
+    assert find(tx, chunk).state == ChunkState.SEALED
+    assert states(tx, chunk) == {1: ReplicaState.GOOD, 2: state}
+
+
 def test_a_chunk_without_anything_in_it_is_dead_at_once() -> None:
     tx = MemoryRows()
     chunk = chunks.allocate(tx, 0, SESSION, (1, 2), 2)
