@@ -35,7 +35,7 @@ REPLICA_MOVES: dict[ReplicaState, frozenset[ReplicaState]] = {
     ReplicaState.GOOD: frozenset({ReplicaState.UNSURE, ReplicaState.BAD, ReplicaState.DELETING}),
     ReplicaState.UNSURE: frozenset({ReplicaState.GOOD, ReplicaState.BAD, ReplicaState.DELETING}),
     ReplicaState.COPYING: frozenset({ReplicaState.GOOD, ReplicaState.BAD, ReplicaState.DELETING}),
-    ReplicaState.BAD: frozenset({ReplicaState.GOOD, ReplicaState.DELETING}),
+    ReplicaState.BAD: frozenset({ReplicaState.GOOD, ReplicaState.UNSURE, ReplicaState.DELETING}),
     ReplicaState.DELETING: frozenset(),
 }
 

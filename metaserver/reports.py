@@ -1,7 +1,8 @@
 """What chunkservers say they have, against what the REPLICAS rows say. Synchronous, over one transaction.
 
-A replica has the committed bytes with the right chain, or it is useless: shorter or different is BAD. What is longer
-may be right up to the committed length: it is cut and compared when it is sealed.
+A replica has the committed bytes with the right chain, or it is useless: shorter or different is BAD. What is not
+sealed is compared by the order to seal it: it may be longer and right up to the committed length, and a listing may be
+from before commits that were faster than it.
 """
 
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ def apply_missing(tx: Transaction, server: int, chunk: int) -> Finding:
     """The server has no such replica. FINE: that changes nothing. LOOK: it was to go, and its row is gone. LOST: it was
     counted on.
 
-    Nothing was committed to a chunk that was only allocated: its first append may still come.
+    A chunk that is being written may have come after the listing; whoever writes or seals it finds out.
     """
     row = chunks.find(tx, chunk)
     value = tx.get(Table.REPLICAS, replica_key(chunk, server))
@@ -65,7 +66,7 @@ def apply_missing(tx: Transaction, server: int, chunk: int) -> Finding:
     if row is None or row.state == ChunkState.DEAD or replica.state == ReplicaState.DELETING:
         chunks.drop_replica(tx, chunk, server)
         return Finding.LOOK
-    if replica.state in (ReplicaState.BAD, ReplicaState.COPYING) or row.length == 0:
+    if replica.state in (ReplicaState.BAD, ReplicaState.COPYING) or row.state == ChunkState.OPEN:
         return Finding.FINE
     chunks.move_replica(replica, ReplicaState.BAD)
     chunks.save_replica(tx, chunk, server, replica)
@@ -102,14 +103,19 @@ def _next_state(row: Chunk, old: ReplicaState, report: ReplicaReport) -> Replica
         return ReplicaState.BAD
     if row.state == ChunkState.SEALED and matches(row, report.length, report.entries, report.chain):
         return ReplicaState.GOOD
+    if old is ReplicaState.BAD and row.state == ChunkState.SEALED and not report.sealed:
+        # It was missing in a listing and has come after all.
+        return ReplicaState.UNSURE
     return old
 
 
 def _useless(row: Chunk, report: ReplicaReport) -> bool:
-    if report.error or report.length < row.length:
+    if report.error or not report.sealed:
+        return bool(report.error)
+    if report.length < row.length:
         return True
     exact = matches(row, report.length, report.entries, report.chain)
-    return not exact and row.length > 0 and (report.length == row.length or (report.sealed and row.owner == 0))
+    return not exact and row.length > 0 and (report.length == row.length or row.owner == 0)
 
 
 def _finding(row: Chunk, state: ReplicaState, report: ReplicaReport, *, changed: bool) -> Finding:

@@ -125,6 +125,7 @@ def test_places_are_good_replicas_first_and_never_useless_ones() -> None:
         (report(1), ReplicaState.GOOD, Finding.FINE),
         (report(1, sealed=False), ReplicaState.GOOD, Finding.UNSEALED),
         (report(1, length=150, entries=6, chain=8, sealed=False), ReplicaState.GOOD, Finding.UNSEALED),
+        (report(1, length=99, sealed=False), ReplicaState.GOOD, Finding.UNSEALED),
         (report(1, length=99), ReplicaState.BAD, Finding.LOOK),
         (report(1, chain=78), ReplicaState.BAD, Finding.LOOK),
         (report(1, length=150, sealed=True), ReplicaState.BAD, Finding.LOOK),
@@ -144,7 +145,11 @@ def test_what_reports_say_of_an_open_chunk() -> None:
     chunks.progress(tx, SESSION, ChunkProgress(chunk, 100, 4, 77))
     # What is longer may have been committed to a metaserver that has lost it.
     assert reports.apply_report(tx, 1, report(chunk, length=200, sealed=False)) is Finding.FINE
-    assert reports.apply_report(tx, 2, report(chunk, length=50, sealed=False)) is Finding.LOOK
+    # What is shorter may have been listed before the last commit.
+    assert reports.apply_report(tx, 2, report(chunk, length=50, sealed=False)) is Finding.FINE
+    assert reports.apply_missing(tx, 2, chunk) is Finding.FINE
+    assert states(tx, chunk) == {1: ReplicaState.GOOD, 2: ReplicaState.GOOD}
+    assert reports.apply_report(tx, 2, report(chunk, length=50, sealed=False, error="IO")) is Finding.LOOK
     assert states(tx, chunk) == {1: ReplicaState.GOOD, 2: ReplicaState.BAD}
 
 
@@ -169,7 +174,7 @@ def test_replicas_that_are_missing() -> None:
     first, second, third = sealed(tx), chunks.allocate(tx, 0, SESSION, (1, 2), 2), sealed(tx)
     assert reports.missing_between(tx, 1, 0, 1 << 63, [first]) == [second, third]
     assert reports.missing_between(tx, 1, first, second, []) == [second]
-    # Nothing was committed to the second: its first append may still come.
+    # The second is being written: its first append may still come, or have come meanwhile.
     assert reports.apply_missing(tx, 1, second) is Finding.FINE
     assert reports.apply_missing(tx, 1, third) is Finding.LOST
     assert states(tx, third)[1] is ReplicaState.BAD

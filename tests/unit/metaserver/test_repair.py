@@ -330,3 +330,54 @@ async def test_a_metaserver_that_restarts_asks_for_everything_again(
         await server.start()
         assert metaserver.parts.members.by_id[1].up
         assert metaserver.parts.members.by_id[1].reserved == protocol.CHUNK_CAPACITY
+
+
+async def test_listings_from_before_a_commit_do_not_give_replicas_up(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Servers that register anew while a mount writes: commits may overtake their listings."""
+    async with running(data) as metaserver:
+        mount, world = await three(metaserver)
+        ino = await mount.make(b"f")
+        longer, fresh = await mount.allocate(), await mount.allocate()
+        chosen = {longer.chunk: 200, fresh.chunk: 100}
+        for allocated in (longer, fresh):
+            await mount.write(ino, allocated.chunk, 100)
+        for address in longer.servers:
+            world.servers[address.server].replicas[longer.chunk] = ReplicaReport(longer.chunk, 100, 1, 77, False)
+        progress = protocol.ChunkProgress(longer.chunk, 200, 2, 78)
+        file = protocol.FileCommit(ino, 0, 0, 5, (protocol.Extent(100, 100, longer.chunk, 100),))
+        await mount.call(protocol.COMMIT, protocol.Commit((progress,), (file,)))
+        for server in world.servers.values():
+            await server.start()
+        for allocated in (longer, fresh):
+            chunk = allocated.chunk
+            assert set(states(metaserver, chunk).values()) == {ReplicaState.GOOD}
+            for address in allocated.servers:
+                world.servers[address.server].replicas[chunk] = ReplicaReport(chunk, chosen[chunk], 1, 77, False)
+            await mount.call(protocol.SEAL, protocol.Seal(chunk, ()))
+        await world.run(30)
+        for allocated in (longer, fresh):
+            servers = {address.server for address in allocated.servers}
+            assert states(metaserver, allocated.chunk) == dict.fromkeys(servers, ReplicaState.GOOD)
+        assert {kind for kind, _, _ in world.done} == {OrderKind.SEAL}
+
+
+async def test_a_replica_that_was_verified_after_the_listing_counts_again(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Power was cut everywhere, and reading back what was not sealed took too long for the first report."""
+    async with running(data) as metaserver:
+        mount, world = await three(metaserver)
+        chunk = await written(mount, world.servers)
+        holders = set(states(metaserver, chunk))
+        for server in world.servers.values():
+            server.replicas.clear()
+            await server.start()
+        assert set(states(metaserver, chunk).values()) == {ReplicaState.BAD}
+        for number in holders:
+            # Longer than what was committed: only the order to seal it tells whether it is right.
+            late = world.servers[number].replicas[chunk] = ReplicaReport(chunk, 150, 2, 99, False)
+            await world.servers[number].beat(changes=[late])
+        await world.run(30)
+        assert states(metaserver, chunk) == dict.fromkeys(holders, ReplicaState.GOOD)
