@@ -79,6 +79,9 @@ class Changes:
 
     def _set_attributes(self, session: SessionState, request: Request[Any]) -> Applied:
         message, effects = request.message, Effects()
+        if message.size is not None:
+            # Also when it is done again: of two tasks that cut one file, the older would cut what came after both.
+            self._tasks.finish_truncate(message.ino)
         change = self._change(
             session,
             request,

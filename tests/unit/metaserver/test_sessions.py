@@ -138,6 +138,30 @@ async def test_what_has_no_name_is_removed_at_its_close_also_after_a_return(data
         assert await mount.fails(protocol.GET_ATTRIBUTES, protocol.GetAttributes(ino)) is ErrorCode.STALE_INODE
 
 
+async def test_a_truncate_done_again_does_not_leave_an_older_one_behind(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metaserver.contents.STEP_EXTENTS", 1)
+    async with running(data, age=False) as metaserver:
+        metaserver.parts.resuming.window.closed.set()
+        await metaserver.server(1)
+        mount = await metaserver.mount()
+        ino, chunk = await mount.make(b"f"), (await mount.allocate()).chunk
+        for offset in range(0, 1200, 200):
+            await mount.write(ino, chunk, 100, offset)
+        await mount.call(protocol.SET_ATTRIBUTES, protocol.SetAttributes(ino, size=350))
+        assert metaserver.parts.tasks.truncating([ino])
+        shorter = mount.lost(protocol.SET_ATTRIBUTES, protocol.SetAttributes(ino, size=50), 90, None)
+        await come_back(metaserver, mount, again=(shorter,))
+        mount.operation = 90
+        await mount.write(ino, chunk, 100, 400)
+        for number in list(metaserver.parts.tasks._pending):
+            while number in metaserver.parts.tasks._pending:
+                metaserver.parts.tasks.step(number)
+        found = await mount.call(protocol.GET_EXTENTS, protocol.GetExtents(ino, 0, 500))
+        assert [(extent.file_offset, extent.length) for extent in found.extents] == [(0, 50), (400, 100)]
+
+
 async def test_a_returning_session_has_to_finish_first(data: Path) -> None:
     async with running(data) as metaserver:
         mount = await metaserver.mount()
