@@ -66,5 +66,7 @@ if [[ $links == yes ]]; then
     link /usr/local/bin/dfs "$VENV/bin/dfs"
     # mount(8) looks for helpers of a type there: makes `mount -t dfs` and /etc/fstab work.
     link /sbin/mount.dfs "$VENV/bin/mount.dfs"
+    # umount(8) looks for a helper as well: with it, everything is written when umount returns.
+    link /sbin/umount.fuse.dfs "$VENV/bin/umount.fuse.dfs"
 fi
 exec "$VENV/bin/dfs" up "$mountpoint" --data "$data"

@@ -11,6 +11,8 @@ DEFAULT_KEY_FILE = Path("/etc/dfs/cluster.key")
 # Instead of an answer for ever, "hard" waits so long: a week-end without the servers, and some.
 HARD_SECONDS = 7 * 24 * 3600.0
 LONGEST_SECONDS = 3600.0
+# Reading this extended attribute of a mounted directory returns when everything is written; see umountcli.
+FLUSH_XATTR = b"user.dfs.flush"
 
 
 class UsageError(Exception):

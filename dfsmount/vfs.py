@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import structlog
 import trio
 
+from dfsmount.config import FLUSH_XATTR
 from dfsmount.handles import OpenFile
 from dfsmount.vfs_core import Core, Shown
 from dfsmount.vfs_files import Files
@@ -73,10 +74,13 @@ class Vfs:
         """Whether ``name`` is known to be missing (the kernel asks for security.capability before each write)."""
         inode = self.core.inodes.believed(ino)
         has_none = inode is not None and not inode.attributes.flags & InodeFlags.HAS_XATTRS
-        return has_none and not name.startswith(_ACL_PREFIX)
+        return has_none and not name.startswith(_ACL_PREFIX) and name != FLUSH_XATTR
 
     async def get_xattr(self, ino: int, name: bytes) -> bytes:
         _refuse_acl(name)
+        if name == FLUSH_XATTR and ino == self.root:
+            await self.write_everything()
+            return b"done"
         inode = await self.core.attributes(ino)
         if not inode.attributes.flags & InodeFlags.HAS_XATTRS:
             raise DfsError(ErrorCode.NO_ATTRIBUTE)
@@ -106,11 +110,20 @@ class Vfs:
         await self.core.deferred.settle_all()
         await self.core.remote.sync()
 
+    async def write_everything(self) -> None:
+        """Returns when all that was done here is durable; raises IO if some of it is lost."""
+        core = self.core
+        failures = sum(file.state.error_count for file in core.files)
+        await core.deferred.settle_all()
+        await core.writer.flush_all()
+        await core.remote.sync()
+        if sum(file.state.error_count for file in core.files) > failures:
+            raise DfsError(ErrorCode.IO, "some of what was written is lost")
+
     async def finish(self) -> None:
         """Unmounting: everything written is committed and durable, everything opened deregistered."""
-        await self.core.deferred.settle_all()
+        await self.write_everything()
         await self.core.writer.close()
-        await self.core.remote.sync()
         self.core.fresh.give_up_all()
         await self._close_now()
 

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import mmap
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -11,6 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from mount_cluster import RealCluster, module
+
+from dfsmount import dfs_processes, dfs_services
 
 
 def fails(number: int, function: object, *arguments: object, **named: object) -> None:
@@ -186,6 +190,23 @@ def test_what_is_not_supported_says_so(place: Path) -> None:
     fails(errno.EOPNOTSUPP, os.setxattr, place / "f", "system.posix_acl_access", b"\2\0\0\0")
     fails(errno.EPERM, os.link, place, place / "hard")
     fails(errno.EINVAL, os.rename, place, place / "inside")
+
+
+def test_when_umount_returns_everything_is_written(cluster: RealCluster, place: Path) -> None:
+    """With the helper that umount(8) calls, the mount's process is not needed any more."""
+    point = cluster.root / "third"
+    cluster.up(point)
+    service = dfs_services.mount(cluster.layout, cluster.wanted, str(point))
+    process = dfs_processes.find(service)
+    assert process is not None
+    for number in range(20):
+        (point / place.name / f"f{number}").write_bytes(b"x" * 300_000)
+    (point / place.name / "f0").chmod(0o600)
+    module("dfsmount.umountcli", point)
+    dfs_processes.send_signal(process.pid, signal.SIGKILL)
+    assert not point.is_mount()
+    assert [(place / f"f{number}").read_bytes() for number in range(20)] == [b"x" * 300_000] * 20
+    assert stat.S_IMODE((place / "f0").stat().st_mode) == 0o600
 
 
 def test_statfs(place: Path) -> None:

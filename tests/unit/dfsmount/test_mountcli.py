@@ -1,5 +1,6 @@
 """The command lines of dfsmount and mount.dfs, and what they say when a mount cannot be made."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dfsmount import cli, mount
+from dfsmount import cli, mount, umountcli
 from dfsmount.config import MountPlan, Options, Source, UsageError
 
 
@@ -156,7 +157,7 @@ def test_the_background_tells_why_it_failed(tmp_path: Path, program: str) -> Non
     """A real process, because it forks: the line of the last process comes out of the first."""
     script = f"""
 import pathlib, sys
-from dfsmount import cli, mount
+from dfsmount import cli, mount, umountcli
 mount.FUSE_DEVICE = pathlib.Path("/dev/null")
 mount.shutil.which = lambda name: name
 cli.{program}(["127.0.0.1:1", {str(tmp_path)!r}, "-o", "log_file={tmp_path}/log"])
@@ -198,3 +199,44 @@ def test_options_for_the_kernel() -> None:
     assert ("allow_other" in words) == (os.geteuid() == 0)
     plan.options.allow_other = False
     assert "allow_other" not in mount._fuse_options(plan)
+
+
+# -- umount.fuse.dfs -----------------------------------------------------------------------------------------------
+
+
+def test_what_umount_passes_to_its_helper() -> None:
+    assert umountcli.parse(["/m", "-n", "-v", "-t", "fuse.dfs"]) == ("/m", ("-n", "-v"), False)
+    assert umountcli.parse(["-fl", "/m"]) == ("/m", ("-f", "-l"), True)
+    for words in ([], ["/m", "/n"], ["/m", "-x"], ["/m", "--frob"]):
+        with pytest.raises(SystemExit) as caught:
+            umountcli.main(words)
+        assert caught.value.code == 2
+
+
+def test_the_helper_does_not_call_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = umountcli.parse(["/m", "-l"])
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert umountcli.command(request)[1:] == ["-i", "-l", "/m"]
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert umountcli.command(request)[1:] == ["-u", "-z", "/m"]
+
+
+@pytest.mark.parametrize(("number", "problem"), [(errno.EIO, True), (errno.ENOTCONN, False), (errno.ENODATA, False)])
+def test_only_a_failed_flush_keeps_the_mount(
+    number: int, problem: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def getxattr(path: str, name: bytes) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    ran: list[list[str]] = []
+    monkeypatch.setattr("os.getxattr", getxattr)
+    monkeypatch.setattr("os.execv", lambda program, words: ran.append(words))
+    if problem:
+        with pytest.raises(SystemExit) as caught:
+            umountcli.main(["/m"])
+        assert caught.value.code == 32
+        assert capfd.readouterr().err.count("\n") == 1
+        umountcli.main(["/m", "-f"])
+    else:
+        umountcli.main(["/m"])
+    assert len(ran) == 1

@@ -441,3 +441,18 @@ async def test_attributes_that_could_not_be_set_are_told(plant: Plant, a: TestMo
     await a.files.flush(handle)
     plant.parts.changes.refusing = ""
     assert stat.S_IMODE((await a.vfs.get_attributes(ino)).mode) == 0o644
+
+
+async def test_reading_one_xattr_writes_everything(a: TestMount) -> None:
+    inos = [(await a.create(b"%d" % number, b"data"))[0] for number in range(3)]
+    await a.set(inos[0], mode=0o600)
+    assert not a.vfs.knows_no_xattr(a.root, b"user.dfs.flush")
+    assert await a.vfs.get_xattr(a.root, b"user.dfs.flush") == b"done"
+    assert a.writer.dirty_bytes == 0
+    assert a.meta.durable == a.meta.seen
+    handle = (await a.files.open(inos[0], RDWR)).number
+    await a.files.write(handle, 0, b"x")
+    a.writer.broken = DfsError(ErrorCode.IO)
+    with pytest.raises(DfsError):
+        await a.vfs.get_xattr(a.root, b"user.dfs.flush")
+    assert await a.vfs.list_xattrs(a.root) == ()
