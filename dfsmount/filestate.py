@@ -8,7 +8,7 @@ import trio
 
 from dfsmount.dirty import DirtyRuns, Layer
 from dfsmount.extents import ExtentMap
-from metaserver.errors import DfsError
+from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import FILE_SIZE_MAX, Attributes, Entry, Extent, FileMap
 
 
@@ -40,6 +40,8 @@ class FileState:
         self.stream_stop = 0
         self.lane = 0
         self._truncating: int | None = None
+        # Whether the newest truncate has dropped bytes that were nowhere else.
+        self._dropped = False
         self._know_end()
         self._show()
         self._learn(entry)
@@ -144,11 +146,19 @@ class FileState:
     def begin_truncate(self, size: int) -> None:
         """Drops dirty bytes past ``size`` and shows that size, until the next :meth:`refresh` tells what came of it.
         Nothing may be in flight. The truncate's time is newer than that of what remains dirty."""
+        before = self.dirty.cost
         self.dirty.cut(size)
         self.dirty.leave_times()
+        self._dropped = self.dirty.cost < before
         self._truncating = size
         self._show()
         self.settled.unpark_all()
+
+    def truncate_failed(self) -> None:
+        """Ends a truncate as one that did not happen. What it has dropped is lost then."""
+        if self._dropped:
+            self.fail(DfsError(ErrorCode.IO, "written data was dropped by a truncate that failed"))
+        self.refresh(Entry(self.attributes))
 
     def leave_times(self) -> None:
         """Times are being set explicitly (utimens): commits of what was written before must not set them again. To be

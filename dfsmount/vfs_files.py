@@ -198,8 +198,7 @@ class Files:
         try:
             return await self._ask_for(changes)
         except BaseException:
-            # Ends the truncate in the file's state as one that did not happen.
-            file.state.refresh(Entry(file.state.attributes))
+            file.state.truncate_failed()
             raise
 
     async def _ask_for(self, changes: SetAttributes) -> Inode:

@@ -422,6 +422,21 @@ async def test_a_truncate_comes_after_what_is_ahead(a: TestMount) -> None:
     await a.close(handle)
 
 
+async def test_what_a_failed_truncate_has_dropped_is_an_error_at_fsync(plant: Plant, a: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"data")
+    plant.parts.changes.refusing = "for a test"
+    with pytest.raises(DfsError):
+        await a.set(ino, size=4)
+    assert a.core.files.get(ino).state.error_since(0) is None
+    with pytest.raises(DfsError):
+        await a.set(ino, size=1)
+    plant.parts.changes.refusing = ""
+    with pytest.raises(DfsError, match="dropped"):
+        await a.files.fsync(handle)
+    await a.files.fsync(handle)
+    await a.close(handle)
+
+
 async def test_a_file_is_not_deregistered_while_it_is_ahead(plant: Plant, a: TestMount) -> None:
     ino, handle = await a.create(b"f")
     await a.set(ino, mode=0o600)
