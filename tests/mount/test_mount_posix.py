@@ -200,12 +200,12 @@ def test_when_umount_returns_everything_is_written(cluster: RealCluster, place: 
     process = dfs_processes.find(service)
     assert process is not None
     for number in range(20):
-        (point / place.name / f"f{number}").write_bytes(b"x" * 300_000)
+        (point / place.name / f"f{number}").write_bytes(b"x" * 3_000_000)
     (point / place.name / "f0").chmod(0o600)
     module("dfsmount.umountcli", point)
     dfs_processes.send_signal(process.pid, signal.SIGKILL)
     assert not point.is_mount()
-    assert [(place / f"f{number}").read_bytes() for number in range(20)] == [b"x" * 300_000] * 20
+    assert [(place / f"f{number}").read_bytes() for number in range(20)] == [b"x" * 3_000_000] * 20
     assert stat.S_IMODE((place / "f0").stat().st_mode) == 0o600
 
 
