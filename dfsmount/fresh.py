@@ -14,9 +14,9 @@ from metaserver.protocol import NAME_MAX
 
 # Directories that nobody has asked about for so long are given up.
 IDLE_SECONDS = 5.0
-# Bounds memory: names are kept for each directory.
+# Bounds memory; the names of all directories together.
 MAX_DIRECTORIES = 1000
-MAX_NAMES = 50_000
+MAX_NAMES = 200_000
 
 
 class FreshDirectory:
@@ -30,12 +30,16 @@ class FreshDirectory:
 
 
 class FreshDirectories:
-    """All fresh directories by ino. Those that were given up stay registered until :meth:`take_over` names them."""
+    """All fresh directories by ino. Those that were given up stay registered until :meth:`take_over` names them.
+
+    Invariant: there are no more names than ``_added``.
+    """
 
     def __init__(self, clock: Callable[[], float] = trio.current_time) -> None:
         self._clock = clock
         self._directories: dict[int, FreshDirectory] = {}
         self._over: list[int] = []
+        self._added = 0
 
     def __len__(self) -> int:
         return len(self._directories)
@@ -60,8 +64,11 @@ class FreshDirectories:
         directory = self._directories.get(ino)
         if directory is not None:
             directory.names.add(name)
-            if len(directory.names) > MAX_NAMES:
-                self.give_up(ino)
+            self._added += 1
+            if self._added > MAX_NAMES:
+                self._added = sum(len(each.names) for each in self._directories.values())
+                if self._added > MAX_NAMES:
+                    self.give_up_all()
 
     def removed(self, ino: int, name: bytes) -> None:
         directory = self._directories.get(ino)

@@ -3,6 +3,9 @@
 The kernel counts how often an inode was handed to it (lookup, mkdir, ..., each entry of a readdirplus) and takes all
 of that back with ``forget``; until then it may name the inode at any time. Nothing here awaits.
 
+What is known of an inode that is neither open nor believed is a convenience, and given up when there are very many
+(:meth:`InodeTable.trim`): the kernel keeps references to whatever a ``find`` has passed.
+
 **Belief.** Attributes read from the metaserver are believed for ``attr_timeout`` from the moment they were *asked
 for*; what remains of that is the time-out the kernel gets, so that both caches together never show anything older.
 An answer to a question asked before a change of our own came back may be older than the change: it is not taken. An
@@ -11,6 +14,7 @@ it was true while the question was open, but not believed any longer.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
     from dfsmount.handles import OpenFile
 
 NEVER = float("-inf")
+# At 650 bytes each: 65 MB.
+MAX_INODES = 100_000
 
 
 class Inode:
@@ -160,6 +166,18 @@ class InodeTable:
         if inode is not None:
             inode.lookups = max(0, inode.lookups - count)
             self.drop_unused(inode)
+
+    def trim(self) -> None:
+        """Gives up what is not needed of too many inodes, those first that have been known the longest."""
+        excess = len(self._inodes) - MAX_INODES
+        if excess <= 0:
+            return
+        now = self._clock()
+        # A tenth more, so that this is not done again at once.
+        wanted = excess + MAX_INODES // 10
+        unneeded = (ino for ino, inode in self._inodes.items() if inode.opened is None and inode.believed_until < now)
+        for ino in list(islice(unneeded, wanted)):
+            del self._inodes[ino]
 
     def drop_unused(self, inode: Inode) -> None:
         """Forgets an inode that neither the kernel nor an open file refers to."""

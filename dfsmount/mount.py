@@ -279,8 +279,8 @@ class Mounted:
         ready()
 
     async def _await_signals(self) -> None:
-        """SIGTERM and SIGINT: writes everything while the mount still works, then ends it."""
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        """SIGTERM, SIGINT, SIGHUP: writes everything while the mount still works, then ends it."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             number = await anext(aiter(signals))
         log.info("unmounting", signal=signal.Signals(number).name)
         systemd.notify("STOPPING=1")

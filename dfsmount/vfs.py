@@ -132,6 +132,7 @@ class Vfs:
         while True:
             await self.core.files.wait_idle()
             await self._close_now()
+            self.core.inodes.trim()
 
     async def _close_now(self) -> None:
         """Deregisters what is idle. A failure is logged only: the session's end deregisters everything."""

@@ -145,8 +145,7 @@ class Core:
             file = self.files.get(ino)
             if file is not None:
                 file.stale = True
-            if self.inodes.get(ino) is not None:
-                self._doubted_contents.add(ino)
+        self._doubted_contents.update(inos)
         self._doubts.set()
 
     async def tell_kernel(self) -> None:

@@ -52,8 +52,8 @@ class Files:
             file.stale = asked_at < inode.doubted_at
         keep_cache = inode.kernel_version == entry.attributes.data_version
         inode.kernel_version = entry.attributes.data_version
-        if inode.shown_size not in (-1, file.state.size):
-            # The kernel takes the offset of an append from the size it believes in.
+        if inode.shown_size != file.state.size:
+            # The kernel takes the offset of an append from the size it believes in, which may be another.
             core.kernel.forget_attributes(ino)
         if writing and flags & os.O_TRUNC:
             await self._truncate_opened(file)

@@ -100,3 +100,23 @@ def test_what_is_peeked_at_stays_out_until_adopted(table: InodeTable) -> None:
     assert seen.attributes.size == 11
     table.adopt(again)
     assert seen.lookups == 2
+
+
+def test_very_many_inodes_are_trimmed(table: InodeTable, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dfsmount.inodes.MAX_INODES", 100)
+    for ino in range(100):
+        table.learn(with_(ino=ino), asked_at=100.0).lookups = 1
+    clock.now = 102.0
+    table.trim()
+    assert len(table) == 100
+    opened = table.get(3)
+    assert opened is not None
+    opened.opened = object()  # type: ignore[assignment]
+    for ino in range(100, 140):
+        table.learn(with_(ino=ino), asked_at=102.0).lookups = 1
+    table.trim()
+    assert len(table) == 90
+    assert table.get(3) is opened
+    assert table.get(4) is None
+    assert all(table.get(ino) is not None for ino in range(100, 140)), "these are believed"
+    table.forget(4, 1)
