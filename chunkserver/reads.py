@@ -7,7 +7,7 @@ import structlog
 import trio
 
 from chunkserver import recovery
-from chunkserver.chunkfile import ENTRY_BYTES, INDEX_OFFSET
+from chunkserver.chunkfile import ENTRY_BYTES, INDEX_OFFSET, PAYLOAD_OFFSET
 from chunkserver.disk import File
 from chunkserver.index import PAGE_ENTRIES, Index, Opened
 from chunkserver.replica import Replica, ReplicaState
@@ -57,6 +57,8 @@ class Reads:
             replica, self._table.limits.reads, opened.file.read_into, memoryview(data), blocks.position
         )
         if count < blocks.length:
+            if blocks.position + blocks.length > PAYLOAD_OFFSET + replica.written.stored_length:
+                return await self.read(chunk, offset, length)  # cut meanwhile
             self._table.report_bad(replica, ErrorCode.IO)
             raise DfsError(ErrorCode.IO, f"the file of chunk {chunk:x} is too short")
         self._table.bytes_read += blocks.length
@@ -120,18 +122,19 @@ class Reads:
     async def verify(self, chunk: int) -> list[int]:
         """Re-reads a replica from the disk itself; returns the bad blocks, which also makes it known as damaged."""
         replica = self._table.readable(chunk)
-        bad = await self._bad_blocks(replica)
+        bad, _ = await self._bad_blocks(replica)
         if bad and replica.state is not ReplicaState.DELETED:
             self._table.report_bad(replica, ErrorCode.BAD_CHECKSUM)
         return bad
 
-    async def _bad_blocks(self, replica: Replica) -> list[int]:
+    async def _bad_blocks(self, replica: Replica) -> tuple[list[int], Index]:
+        """And what the numbers refer to."""
         opened = await self.load(replica)
         index = Index(opened.blocks.slice(0, replica.written.entries))
         bad: list[int] = await self._from_disk(
             replica, self._table.limits.scrubs, recovery.bad_blocks, self._table.disk, replica.path, index
         )
-        return bad
+        return bad, index
 
     async def verify_frozen(self) -> None:
         """After a restart: reads back what was not sealed; each counts from then on."""
@@ -156,14 +159,14 @@ class Reads:
             return
         finished = replica.verifying = trio.Event()
         try:
-            bad = await self._bad_blocks(replica)
+            bad, index = await self._bad_blocks(replica)
         except DfsError as error:
             replica.error = replica.error or error.code.name
             self._verified(replica)
             raise
         else:
             if bad and replica.state is ReplicaState.FROZEN:
-                self._cut(replica, bad[0])
+                self._cut(replica, index, bad[0])
             self._verified(replica)
         finally:
             replica.verifying = None
@@ -174,10 +177,8 @@ class Reads:
         if replica.state is ReplicaState.FROZEN:
             self._table.on_change(replica)
 
-    def _cut(self, replica: Replica, entries: int) -> None:
+    def _cut(self, replica: Replica, index: Index, entries: int) -> None:
         """Forgets what follows; on disk it stays until the chunk is sealed."""
         log.warning("cut a replica before its first bad block", chunk=f"{replica.chunk:x}", entry=entries)
-        opened = self._table.open_chunks.get(replica.chunk)
-        assert opened is not None
-        replica.written = opened.blocks.progress(entries, self._table.first_chain(replica.chunk))
+        replica.written = index.progress(entries, self._table.first_chain(replica.chunk))
         self._table.open_chunks.drop(replica.chunk)

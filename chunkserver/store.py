@@ -42,6 +42,9 @@ class Store:
             chain = self.table.first_chain(chunk)  # an empty chunk has one chain only
         point = self._seal_point(replica, opened.blocks, length, entries, chain)
         header = Header(self.table.cluster, chunk, replica.created_ns, chunkfile.FLAG_SEALED, length, entries, chain)
+        # Before the file is cut: a read must not take what is cut off for damage.
+        replica.written = point
+        self.table.open_chunks.drop(chunk)
         try:
             await self.table.run_sync(
                 self._seal_file,
@@ -54,10 +57,8 @@ class Store:
         except OSError as error:
             self.table.give_up(replica, error)
             raise DfsError(ErrorCode.REPLICA_FAILED, f"cannot seal: {error.strerror}") from None
-        self.table.open_chunks.drop(chunk)
         if replica.state is ReplicaState.DELETED:
             raise DfsError(ErrorCode.NO_SUCH_CHUNK, "deleted meanwhile")
-        replica.written = point
         replica.move(ReplicaState.SEALED)
         writing, replica.writing = replica.writing, None
         if writing is not None:

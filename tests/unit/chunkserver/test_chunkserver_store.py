@@ -13,7 +13,8 @@ from chunkserver_harness import CLUSTER, FaultyDisk, Started, StartNode, Writer
 from chunkserver import chunkfile
 from chunkserver.chunkfile import INDEX_OFFSET, PAYLOAD_OFFSET
 from chunkserver.client import Pool
-from chunkserver.disk import LocalDisk
+from chunkserver.disk import Disk, LocalDisk
+from chunkserver.index import Opened
 from chunkserver.protocol import Progress, Sync
 from chunkserver.replica import TRANSITIONS, Replica, ReplicaState
 from metaserver.errors import DfsError, ErrorCode
@@ -63,6 +64,67 @@ async def test_seal_cuts_to_the_committed_point(start_node: StartNode, pool: Poo
         await refused(ErrorCode.CHAIN_MISMATCH, a.store.seal(CHUNK, length, entries, chain + 1))
     async with start_node() as a:
         assert a.store.table.get(CHUNK).report() == replica.report()
+
+
+async def test_a_read_of_what_a_seal_cuts_off_is_no_damage(start_node: StartNode, pool: Pool) -> None:
+    reached, go = threading.Event(), threading.Event()
+
+    def step(name: str) -> None:
+        if name == "seal:before-sync":
+            reached.set()
+            assert go.wait(10)
+
+    def stopping(disk: LocalDisk) -> Disk:
+        disk.step = step
+        return disk
+
+    async with start_node(wrap=stopping) as a:
+        writer = Writer(CHUNK)
+        await writer.send(pool, a.peer, os.urandom(150_000), sync=True)
+        length, entries, chain = writer.offset, writer.index, writer.chain
+        await writer.send(pool, a.peer, os.urandom(90_000))
+        await pool.read(a.peer, CHUNK, 0, 10)  # so that an index is in memory
+        before = a.store.table.open_chunks.get(CHUNK)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(a.store.seal, CHUNK, length, entries, chain)
+            assert await trio.to_thread.run_sync(reached.wait, 10)
+            # One read that begins now, and one that found the index before the cut.
+            assert (await pool.read(a.peer, CHUNK, length, 10)).entries == []
+            reads, load = a.store.reads, a.store.reads.load
+
+            async def load_before(replica: Replica) -> Opened:
+                reads.load = load
+                return before
+
+            reads.load = load_before
+            assert len((await reads.read(CHUNK, 0, writer.offset))[1]) == length
+            go.set()
+        replica = a.store.table.get(CHUNK)
+        assert (replica.state, replica.error) == (ReplicaState.SEALED, "")
+        assert a.store.table.open_chunks.get(CHUNK) is not before
+
+
+async def test_frozen_replica_is_cut_although_its_index_was_given_up(
+    start_node: StartNode, pool: Pool, damaged: set[str]
+) -> None:
+    damaged.add("a")
+    async with start_node() as a:
+        await Writer(CHUNK).send(pool, a.peer, os.urandom(8000), block=1000)
+        with chunk_file(a).open("r+b") as file:
+            file.seek(PAYLOAD_OFFSET + 5500)
+            file.write(b"never reached the disk")
+
+    def forgetful(disk: LocalDisk) -> Disk:
+        disk.open_direct = lambda path: (
+            nodes[0].store.table.open_chunks.drop(CHUNK) or LocalDisk.open_direct(disk, path)
+        )
+        return disk
+
+    nodes: list[Started] = []
+    async with start_node(wrap=forgetful) as a:
+        nodes.append(a)
+        await a.node.verified_first()
+        assert a.store.table.get(CHUNK).written.entries == 5
 
 
 async def test_seal_fails_where_the_replica_is_shorter_or_different(start_node: StartNode, pool: Pool) -> None:
