@@ -74,6 +74,8 @@ class Engine:
         self.run_sync = run_sync
         self._clock = clock
         self._failure: BaseException | None = None
+        # Called in the moment of a failure, so that nobody is told that what may be in the log has failed.
+        self.on_failure: Callable[[], None] = lambda: None
         self._written = trio.Event()
         # Somebody waits for the log to be synced.
         self._wanted = trio.Event()
@@ -130,6 +132,7 @@ class Engine:
             log.critical("metaserver cannot go on", reason=str(reason))
             self._written.set()
             self._advanced.set()
+            self.on_failure()
         return self._failed()
 
     def _failed(self) -> EngineFailed:

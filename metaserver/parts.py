@@ -39,6 +39,7 @@ class Parts:
         self.cluster_id = cluster_id
         self.clock = clock = LivedClock()
         self.sessions = sessions = Sessions()
+        committer.on_failure = lambda: sessions.cut_off("the metaserver cannot go on")
         self.members = members = Members(config.heartbeat_seconds, config.lost_after_seconds, random or Random())
         self.repair = repair = Repair(committer, config, members, clock)
         self.tasks = tasks = Tasks(committer, members)

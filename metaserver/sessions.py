@@ -146,6 +146,12 @@ class Sessions:
         session.ended = True
         self.by_id.pop(session.id, None)
 
+    def cut_off(self, reason: str) -> None:
+        """Ends all connections: clients come back and ask again, here or in the next life."""
+        for session in self.by_id.values():
+            if session.connection is not None:
+                session.connection.close(reason)
+
     @property
     def missing(self) -> bool:
         """Whether a session of an earlier epoch has not returned: it may still tell of changes unknown here."""

@@ -1,5 +1,6 @@
 """Sessions: their return after a broken connection, a restart or a power cut; their end; what others see of them."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import trio.testing
 from running_metaserver import FILE, Mount, Running, running
 
 from metaserver import protocol, sessions
-from metaserver.errors import DfsError, ErrorCode
+from metaserver.commit import EngineFailed
+from metaserver.errors import ConnectionLost, DfsError, ErrorCode
 from metaserver.protocol import Opened, Resumed
 from metaserver.schema import Session
 from metaserver.sessions import Sessions, SessionState
@@ -207,6 +209,28 @@ async def test_results_that_do_not_fit_into_one_frame_are_paged(data: Path, monk
             page = await mount.call(protocol.RESUME_DONE, protocol.ResumeDone())
             results.extend(page.results)
         assert [result.operation for result in results] == list(range(1, 10))
+
+
+@pytest.mark.parametrize("broken", ["append", "sync"])
+async def test_a_failing_log_answers_nobody(data: Path, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told to have failed is not sent again, and it may be in the log all the same."""
+    errors: list[DfsError] = []
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "the disk has failed")
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with running(data, check=False) as metaserver:
+            one, two = await metaserver.mount(), await metaserver.mount()
+            monkeypatch.setattr(metaserver.committer.log, broken, fail)
+            try:
+                await one.make(b"f")
+                await two.lookup(b"f")
+            except DfsError as error:
+                errors.append(error)
+            await trio.sleep_forever()
+    assert caught.group_contains(EngineFailed)
+    assert [type(error) for error in errors] == [ConnectionLost]
 
 
 # -- the window ------------------------------------------------------------------------------------------------------
