@@ -3,6 +3,7 @@
 Everything but Typer is imported when a command runs: `dfs --help` and completion stay fast.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -152,8 +153,14 @@ def find(data: str, metaserver: str, key_file: str, file: Path | None = None) ->
 
 
 def say(line: str) -> None:
-    """Progress and results, at once: a person or a script may be watching."""
-    print(line, flush=True)
+    """Progress and results, at once: a person or a script may be watching.
+
+    Whoever read them may have left (`dfs up ... | head -1`): that is no reason to stop half-way.
+    """
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: object) -> None:

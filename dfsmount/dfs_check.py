@@ -67,8 +67,9 @@ def check_data(api: Api, status: Status, key: ClusterKey, findings: Findings, *,
             findings.data.append(Finding(server.name, f"not checked: {problem}"))
     findings.data += differing(status.servers, listings)
     total = sum(map(len, listings.values()))
+    out = console()
     columns = (TextColumn("verifying replicas"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(), disable=quiet, transient=True) as progress:
+    with Progress(*columns, console=out, disable=quiet or not out.is_terminal, transient=True) as progress:
         task = progress.add_task("", total=total)
         trio.run(verify_all, status, key, listings, findings, lambda: progress.advance(task))
 

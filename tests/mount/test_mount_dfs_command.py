@@ -4,11 +4,12 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from mount_cluster import RealCluster, module, run, running, wait_until
+from mount_cluster import ROOT, RealCluster, module, run, running, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -180,6 +181,15 @@ def test_a_new_cluster_belongs_to_the_person_behind_sudo(tmp_path: Path) -> None
         cluster.check()
     finally:
         cluster.destroy()
+
+
+def test_a_reader_that_leaves_does_not_stop_the_work(own_cluster: RealCluster) -> None:
+    own_cluster.down()
+    command = f"{sys.executable} -m dfsmount.dfs up {own_cluster.mnt} --data {own_cluster.data} | head -n 1"
+    said = run("bash", "-o", "pipefail", "-c", command, cwd=ROOT).stdout
+    assert said.startswith("metaserver ")
+    assert own_cluster.mnt.is_mount()
+    assert own_cluster.pid("mount")
 
 
 def test_up_starts_only_what_does_not_run(own_cluster: RealCluster) -> None:
