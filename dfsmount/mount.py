@@ -50,6 +50,9 @@ IDLE_TASKS = 8
 READ_AHEAD_KIB = 4096
 # With 64 MiB of cache and what Python takes, the process stays below 300 MiB (298 were seen with 128).
 DIRTY_MIB = 96
+# Written data that the servers do not take is kept and tried again for so long, whatever fsync has been told meanwhile:
+# servers come back from a reboot within minutes.
+KEEP_SECONDS = 300.0
 # After SIGTERM, how long requests in progress may go on once everything is flushed.
 DRAIN_SECONDS = 5.0
 # Writing out what is left takes as long as it takes, but a cluster that does not answer must not hold up a shutdown.
@@ -202,7 +205,7 @@ def _block_cache(options: Options) -> BlockCache:
 
 def _writer_options(options: Options) -> WriterOptions:
     dirty_mib = DIRTY_MIB if options.dirty_mib is None else options.dirty_mib
-    return WriterOptions(socket.gethostname(), dirty_mib << 20, give_up_seconds=options.timeout)
+    return WriterOptions(socket.gethostname(), dirty_mib << 20, give_up_seconds=max(options.timeout, KEEP_SECONDS))
 
 
 class PyfuseKernel:
