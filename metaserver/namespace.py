@@ -193,10 +193,10 @@ def rename(tx: Transaction, now_ns: int, message: Rename, openers: Openers, effe
     target = None if new_row is None else Dentry.unpack(new_row)
     if target is not None and flags & RenameFlags.NOREPLACE:
         raise DfsError(ErrorCode.EXISTS)
+    if target is None and flags & RenameFlags.EXCHANGE:
+        raise DfsError(ErrorCode.NOT_FOUND)
     _check_ancestors(tx, message, source, target)
-    if flags & RenameFlags.EXCHANGE:
-        if target is None:
-            raise DfsError(ErrorCode.NOT_FOUND)
+    if target is not None and flags & RenameFlags.EXCHANGE:
         return _exchange(tx, now_ns, message, source, target, old_directory, new_directory)
     if target is not None and target.ino == source.ino:
         return Renamed(source.ino, 0, 0)
