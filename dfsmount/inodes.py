@@ -69,9 +69,17 @@ class Inode:
 class InodeTable:
     """All inodes that the kernel refers to or that are open here, by ino."""
 
-    def __init__(self, attr_timeout_seconds: float, *, clock: Callable[[], float] = trio.current_time) -> None:
+    def __init__(
+        self,
+        attr_timeout_seconds: float,
+        *,
+        clock: Callable[[], float] = trio.current_time,
+        entered: Callable[[int], None] = lambda ino: None,
+    ) -> None:
+        """``entered`` is told of every inode that comes into the table."""
         self._timeout = attr_timeout_seconds
         self._clock = clock
+        self._entered = entered
         self._inodes: dict[int, Inode] = {}
 
     def __len__(self) -> int:
@@ -91,6 +99,7 @@ class InodeTable:
         inode = self._inodes.get(attributes.ino)
         if inode is None:
             inode = self._inodes[attributes.ino] = Inode(attributes)
+            self._entered(attributes.ino)
             inode.believed_until = asked_at + self._timeout
         elif self.is_news(inode, attributes, asked_at):
             inode.attributes = attributes
@@ -117,7 +126,10 @@ class InodeTable:
 
     def adopt(self, inode: Inode) -> None:
         """Counts a reference that the kernel took to what :meth:`peek` gave."""
-        self._inodes.setdefault(inode.ino, inode).lookups += 1
+        if inode.ino not in self._inodes:
+            self._inodes[inode.ino] = inode
+            self._entered(inode.ino)
+        self._inodes[inode.ino].lookups += 1
 
     def changed(self, attributes: Attributes, asked_at: float, *, parent: int = 0, target: bytes = b"") -> Inode:
         """Takes the answer to a change of our own, which is newer than every answer to an earlier question."""

@@ -37,6 +37,10 @@ class Remote:
         request = protocol.ReadDirectory(ino, cookie, count, True)
         return await self._meta.call(protocol.READ_DIRECTORY, request, timeout=self._timeout)
 
+    async def read_directory_after(self, ino: int, name: bytes, count: int) -> DirectoryPage:
+        request = protocol.ReadDirectory(ino, 0, count, True, name)
+        return await self._meta.call(protocol.READ_DIRECTORY, request, timeout=self._timeout)
+
     async def make(self, request: protocol.Make) -> Response[Made]:
         return await self._meta.change(protocol.MAKE, request, timeout=self._timeout)
 

@@ -167,6 +167,7 @@ class Vfs:
         """Asked for after a connection was lost, and pushes with it: whatever is open may have changed."""
         self.core.inodes.doubt_all()
         self.core.fresh.give_up_all()
+        self.core.foreseen.forget_all()
         self.core.doubt_contents([file.ino for file in self.core.files])
         return self.core.files.opened()
 
@@ -174,6 +175,7 @@ class Vfs:
         """The metaserver gave this mount up: unwritten data is lost, caches are worth nothing, open files go on."""
         self.core.writer.abandon_all(DfsError(ErrorCode.IO, "the session ended before this data was written"))
         self.core.fresh.give_up_all()
+        self.core.foreseen.forget_all()
         self.core.doubt_contents([inode.ino for inode in self.core.inodes])
         self._reopen.set()
 

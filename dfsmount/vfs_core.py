@@ -9,6 +9,7 @@ import msgspec
 import trio
 
 from dfsmount.ahead import Deferred
+from dfsmount.foreseen import Foreseen
 from dfsmount.fresh import FreshDirectories
 from dfsmount.handles import HandleTable, OpenFile, OpenFiles
 from dfsmount.inodes import Inode, InodeTable
@@ -70,7 +71,8 @@ class Core:
         self.reader = reader
         self.kernel = kernel
         self.options = options
-        self.inodes = InodeTable(options.attr_timeout)
+        self.foreseen = Foreseen(options.attr_timeout, trio.current_time)
+        self.inodes = InodeTable(options.attr_timeout, entered=self.foreseen.forget_inode)
         self.files = OpenFiles(self.inodes)
         self.handles = HandleTable()
         self.fresh = FreshDirectories()
@@ -142,6 +144,8 @@ class Core:
         for ino in inos:
             self.inodes.doubt(ino)
             self.fresh.give_up(ino)
+            self.foreseen.forget_directory(ino)
+            self.foreseen.forget_inode(ino)
             file = self.files.get(ino)
             if file is not None:
                 file.stale = True
@@ -167,6 +171,7 @@ class Core:
         except BaseException:
             for ino in directories:
                 self.fresh.give_up(ino)
+                self.foreseen.forget_directory(ino)
                 self.inodes.doubt(ino)
             raise
 
@@ -175,13 +180,18 @@ class Core:
         with self.changing_entries(request.parent):
             answer = await self.remote.make(request)
         made = answer.message
-        self.fresh.added(request.parent, request.name)
+        self.added_entry(request.parent, request.name)
         if made.created:
             links = int(stat.S_ISDIR(made.entry.attributes.mode))
             self.inodes.touched(request.parent, answer.time_ns, links)
         return made
 
+    def added_entry(self, parent: int, name: bytes) -> None:
+        self.fresh.added(parent, name)
+        self.foreseen.forget_name(parent, name)
+
     def removed_entry(self, parent: int, name: bytes) -> None:
+        self.foreseen.forget_name(parent, name)
         self.files.made.pop((parent, name), None)
         self.fresh.removed(parent, name)
 

@@ -6,11 +6,20 @@ from itertools import chain
 
 import msgspec
 
+from dfsmount.foreseen import Wanted
 from dfsmount.handles import DirectoryHandle
 from dfsmount.inodes import Inode
 from dfsmount.vfs_core import Core, Shown
 from metaserver.errors import DfsError, ErrorCode
-from metaserver.protocol import PAGE_ENTRIES, DirectoryEntry, DirectoryPage, Make, Renamed, RenameFlags
+from metaserver.protocol import (
+    PAGE_ENTRIES,
+    Attributes,
+    DirectoryEntry,
+    DirectoryPage,
+    Make,
+    Renamed,
+    RenameFlags,
+)
 
 # Places of `.` and `..` in a listing; the metaserver's cookies count up from 1 and never come near.
 COOKIE_DOT = (1 << 62) + 1
@@ -49,13 +58,36 @@ class Names:
             await core.attributes(parent)
             if core.fresh.lacks(parent, name):
                 raise DfsError(ErrorCode.NOT_FOUND)
-        asked_at = core.inodes.now()
-        entry = await core.remote.lookup(parent, name)
-        inode = core.learn(entry, asked_at, parent if stat.S_ISDIR(entry.attributes.mode) else 0)
+        found = core.foreseen.take(parent, name)
+        if found is not None:
+            attributes, asked_at = found
+            inode = core.inodes.learn(attributes, asked_at, parent=_parent_of(attributes, parent))
+            self._foresee(core.foreseen.after_hit(parent, name))
+        else:
+            asked_at = core.inodes.now()
+            entry = await core.remote.lookup(parent, name)
+            inode = core.learn(entry, asked_at, _parent_of(entry.attributes, parent))
+            self._foresee(core.foreseen.after_miss(parent, name))
         if core.files.made.get((parent, name), inode.ino) != inode.ino:
             del core.files.made[parent, name]
         inode.lookups += 1
         return core.show(inode)
+
+    def _foresee(self, wanted: Wanted | None) -> None:
+        if wanted is not None:
+            self._core.jobs.start(self._fetch_foreseen, wanted)
+
+    async def _fetch_foreseen(self, wanted: Wanted) -> None:
+        """Fetches what is likely to be looked up next; whatever goes wrong, it is asked for again then."""
+        core = self._core
+        page = None
+        asked_at = core.inodes.now()
+        try:
+            page = await core.remote.read_directory_after(wanted.parent, wanted.after, wanted.count)
+        except DfsError:
+            pass
+        finally:
+            core.foreseen.fill(wanted, page, asked_at, lambda ino: core.inodes.get(ino) is not None)
 
     async def make(self, parent: int, name: bytes, mode: int, caller: Caller, *, rdev: int = 0) -> Shown:
         """mkdir(2) and mknod(2); counts as one reference."""
@@ -102,9 +134,9 @@ class Names:
         moved = answer.message
         core.removed_entry(new_parent, new_name)
         core.removed_entry(parent, name)
-        core.fresh.added(new_parent, new_name)
+        core.added_entry(new_parent, new_name)
         if flags & RenameFlags.EXCHANGE:
-            core.fresh.added(parent, name)
+            core.added_entry(parent, name)
         self._note_rename(parent, new_parent, moved, answer.time_ns)
         if moved.replaced and moved.replaced_nlink == 0:
             core.lost_last_name(moved.replaced)
@@ -131,7 +163,7 @@ class Names:
         asked_at = core.inodes.now()
         with core.changing_entries(new_parent):
             attributes = await core.remote.link(ino, new_parent, new_name)
-        core.fresh.added(new_parent, new_name)
+        core.added_entry(new_parent, new_name)
         core.inodes.touched(new_parent, attributes.ctime_ns)
         inode = core.changed(attributes, asked_at)
         inode.lookups += 1
@@ -229,6 +261,11 @@ class Names:
             entry = await core.remote.lookup(parent, name)
             ino = entry.attributes.ino
         await core.flush(ino)
+
+
+def _parent_of(attributes: Attributes, parent: int) -> int:
+    """``parent`` if this is a directory, which lies nowhere else; else 0."""
+    return parent if stat.S_ISDIR(attributes.mode) else 0
 
 
 def _dot(ino: int, name: bytes, cookie: int) -> Listed:

@@ -279,13 +279,15 @@ class SetAttributes(Message):
 class ReadDirectory(Message):
     """A page of a directory after ``cookie`` (0: from the start). ``.`` and ``..`` are not part of it.
 
-    Cookies are stable: an entry that exists during the whole listing is returned exactly once.
+    Cookies are stable: an entry that exists during the whole listing is returned exactly once. With ``after``, the page
+    begins after the entry of that name instead (NOT_FOUND if there is none).
     """
 
     ino: int
     cookie: int
     count: int
     attributes: bool
+    after: bytes = b""
 
 
 class DirectoryPage(Message):
