@@ -137,7 +137,10 @@ class Names:
         core.added_entry(new_parent, new_name)
         if flags & RenameFlags.EXCHANGE:
             core.added_entry(parent, name)
-        self._note_rename(parent, new_parent, moved, answer.time_ns)
+        if flags & RenameFlags.EXCHANGE:
+            await self._note_exchange(parent, name, new_parent, moved)
+        else:
+            self._note_rename(parent, new_parent, moved, answer.time_ns)
         if moved.replaced and moved.replaced_nlink == 0:
             core.lost_last_name(moved.replaced)
 
@@ -155,6 +158,24 @@ class Names:
         inodes.doubt(moved.replaced)
         if inode is not None and inode.parent:
             inode.parent = new_parent
+
+    async def _note_exchange(self, parent: int, name: bytes, new_parent: int, moved: Renamed) -> None:
+        """The answer does not say what came the other way, and either may be a directory: asks."""
+        core = self._core
+        for ino in (parent, new_parent, moved.ino):
+            core.inodes.doubt(ino)
+        asked_at = core.inodes.now()
+        try:
+            entry = await core.remote.lookup(parent, name)
+        except DfsError:
+            # The exchange has happened all the same.
+            return
+        core.inodes.doubt(entry.attributes.ino)
+        core.learn(entry, asked_at)
+        for ino, directory in ((moved.ino, new_parent), (entry.attributes.ino, parent)):
+            inode = core.inodes.get(ino)
+            if inode is not None and inode.parent:
+                inode.parent = directory
 
     async def link(self, ino: int, new_parent: int, new_name: bytes) -> Shown:
         """Counts as one reference."""

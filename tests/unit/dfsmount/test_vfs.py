@@ -298,6 +298,18 @@ async def test_rename_flags(a: TestMount) -> None:
     await fails(ErrorCode.INVALID, a.names.rename, a.root, b"1", a.root, b"2", 4)
 
 
+async def test_a_directory_exchanged_for_a_file(a: TestMount, b: TestMount) -> None:
+    one, two = await a.mkdir(b"1"), await a.mkdir(b"2")
+    inner = await a.mkdir(b"inner", one)
+    await a.create(b"f", parent=two)
+    await a.names.rename(two, b"f", one, b"inner", RenameFlags.EXCHANGE)
+    assert (await a.vfs.get_attributes(one)).nlink == 2
+    assert (await a.vfs.get_attributes(two)).nlink == 3
+    handle = a.names.open_directory(inner)
+    assert [entry.shown.ino for entry in await a.names.list_directory(handle, 0)] == [inner, two]
+    assert (await a.vfs.get_attributes(inner)).ctime_ns == (await b.vfs.get_attributes(inner)).ctime_ns
+
+
 async def test_a_moved_directory_has_another_parent(a: TestMount) -> None:
     old, new = await a.mkdir(b"old"), await a.mkdir(b"new")
     moving = await a.mkdir(b"x", old)
