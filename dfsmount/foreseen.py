@@ -5,8 +5,8 @@ metaserver about 3 us for each entry, a lookup 100 us for it and its way: so aft
 entries that follow are fetched, and more of them as long as they are used. Directories are listed in the order in which
 their entries were made, which is mostly also the order in which they are looked up.
 
-What was fetched is believed for as long as any other answer. An inode that was in the table of inodes since, and so may
-have been changed by this mount, is forgotten here; see :meth:`Foreseen.forget_inode`. Synchronous.
+What was fetched is believed for as long as any other answer. Whether this mount has changed an inode since, the table
+of inodes knows; what leaves that table is forgotten here too (:meth:`Foreseen.forget_inode`). Synchronous.
 """
 
 from collections import OrderedDict
@@ -121,9 +121,8 @@ class Foreseen:
         self._in_flight += 1
         return Wanted(parent, after, series.size, series)
 
-    def fill(self, wanted: Wanted, page: DirectoryPage | None, asked_at: float, known: Callable[[int], bool]) -> None:
-        """The answer to ``wanted`` (None: it failed). Entries of inodes that are ``known`` are left out: they may have
-        been changed here since the question."""
+    def fill(self, wanted: Wanted, page: DirectoryPage | None, asked_at: float) -> None:
+        """The answer to ``wanted`` (None: it failed), which was asked for at ``asked_at``."""
         series = wanted.series
         series.fetching = False
         series.trigger = b""
@@ -135,7 +134,7 @@ class Foreseen:
                 series.trigger, series.last = page.entries[len(page.entries) // 2].name, page.entries[-1].name
             for entry in page.entries:
                 key = wanted.parent, entry.name
-                outdated = known(entry.ino) or entry.ino in self._changed or key in self._changed
+                outdated = entry.ino in self._changed or key in self._changed
                 if entry.attributes is not None and not outdated:
                     self._add(key, entry.attributes, asked_at)
         self._in_flight -= 1
@@ -158,7 +157,7 @@ class Foreseen:
                 del self._names[found[0].ino]
 
     def forget_inode(self, ino: int) -> None:
-        """The inode has entered the table of inodes, and may be changed from now on."""
+        """The inode has left the table of inodes, which knew whether it had been changed; or somebody changed it."""
         self._note(ino)
         for key in list(self._names.get(ino, ())):
             self._drop(key)

@@ -74,12 +74,12 @@ class InodeTable:
         attr_timeout_seconds: float,
         *,
         clock: Callable[[], float] = trio.current_time,
-        entered: Callable[[int], None] = lambda ino: None,
+        left: Callable[[int], None] = lambda ino: None,
     ) -> None:
-        """``entered`` is told of every inode that comes into the table."""
+        """``left`` is told of every inode that is not in the table any more."""
         self._timeout = attr_timeout_seconds
         self._clock = clock
-        self._entered = entered
+        self._left = left
         self._inodes: dict[int, Inode] = {}
 
     def __len__(self) -> int:
@@ -99,7 +99,6 @@ class InodeTable:
         inode = self._inodes.get(attributes.ino)
         if inode is None:
             inode = self._inodes[attributes.ino] = Inode(attributes)
-            self._entered(attributes.ino)
             inode.believed_until = asked_at + self._timeout
         elif self.is_news(inode, attributes, asked_at):
             inode.attributes = attributes
@@ -116,6 +115,13 @@ class InodeTable:
         """Whether an answer is not older than what is known."""
         return asked_at >= inode.changed_at or attributes.data_version > inode.attributes.data_version
 
+    def outdates(self, ino: int, asked_at: float) -> bool:
+        """Whether what is known of an inode may be newer than an answer to a question asked at ``asked_at``."""
+        inode = self._inodes.get(ino)
+        if inode is None:
+            return False
+        return inode.opened is not None or asked_at < max(inode.changed_at, inode.doubted_at)
+
     def peek(self, attributes: Attributes, asked_at: float) -> Inode:
         """Like :meth:`learn`, but an inode that is not in the table stays out of it until :meth:`adopt`."""
         if attributes.ino in self._inodes:
@@ -126,10 +132,7 @@ class InodeTable:
 
     def adopt(self, inode: Inode) -> None:
         """Counts a reference that the kernel took to what :meth:`peek` gave."""
-        if inode.ino not in self._inodes:
-            self._inodes[inode.ino] = inode
-            self._entered(inode.ino)
-        self._inodes[inode.ino].lookups += 1
+        self._inodes.setdefault(inode.ino, inode).lookups += 1
 
     def changed(self, attributes: Attributes, asked_at: float, *, parent: int = 0, target: bytes = b"") -> Inode:
         """Takes the answer to a change of our own, which is newer than every answer to an earlier question."""
@@ -193,5 +196,5 @@ class InodeTable:
 
     def drop_unused(self, inode: Inode) -> None:
         """Forgets an inode that neither the kernel nor an open file refers to."""
-        if inode.lookups == 0 and inode.opened is None:
-            self._inodes.pop(inode.ino, None)
+        if inode.lookups == 0 and inode.opened is None and self._inodes.pop(inode.ino, None) is not None:
+            self._left(inode.ino)

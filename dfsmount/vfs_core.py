@@ -72,7 +72,7 @@ class Core:
         self.kernel = kernel
         self.options = options
         self.foreseen = Foreseen(options.attr_timeout, trio.current_time)
-        self.inodes = InodeTable(options.attr_timeout, entered=self.foreseen.forget_inode)
+        self.inodes = InodeTable(options.attr_timeout, left=self.foreseen.forget_inode)
         self.files = OpenFiles(self.inodes)
         self.handles = HandleTable()
         self.fresh = FreshDirectories()

@@ -59,7 +59,7 @@ class Names:
             if core.fresh.lacks(parent, name):
                 raise DfsError(ErrorCode.NOT_FOUND)
         found = core.foreseen.take(parent, name)
-        if found is not None:
+        if found is not None and not core.inodes.outdates(found[0].ino, found[1]):
             attributes, asked_at = found
             inode = core.inodes.learn(attributes, asked_at, parent=_parent_of(attributes, parent))
             self._foresee(core.foreseen.after_hit(parent, name))
@@ -87,7 +87,7 @@ class Names:
         except DfsError:
             pass
         finally:
-            core.foreseen.fill(wanted, page, asked_at, lambda ino: core.inodes.get(ino) is not None)
+            core.foreseen.fill(wanted, page, asked_at)
 
     async def make(self, parent: int, name: bytes, mode: int, caller: Caller, *, rdev: int = 0) -> Shown:
         """mkdir(2) and mknod(2); counts as one reference."""
