@@ -1,5 +1,6 @@
 """Reading the chunks of one disk, and reading them back from the disk itself."""
 
+import errno
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from metaserver.errors import DfsError, ErrorCode
 from metaserver.wire import PAYLOAD_LIMIT, Buffer
 
 log = structlog.get_logger(__name__)
+
+# Shortages of this process or machine, which say nothing about a replica.
+OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})
 
 
 class Reads:
@@ -114,6 +118,8 @@ class Reads:
             self._table.report_bad(replica, ErrorCode.IO)
             raise DfsError(ErrorCode.IO, "the file is missing") from None
         except OSError as error:
+            if error.errno in OURS:
+                raise DfsError(ErrorCode.UNAVAILABLE, f"cannot read now: {error.strerror}") from None
             self._table.report_bad(replica, ErrorCode.IO)
             raise DfsError(ErrorCode.IO, f"cannot read: {error.strerror}") from None
 

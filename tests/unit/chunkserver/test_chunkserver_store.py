@@ -267,6 +267,19 @@ async def test_read_error_is_reported_at_once(start_node: StartNode, pool: Pool)
         assert bytes((await pool.read(a.peer, CHUNK, 0, 4)).payload) == b"data"
 
 
+@pytest.mark.parametrize("shortage", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+async def test_a_shortage_of_the_server_says_nothing_about_the_replica(
+    start_node: StartNode, pool: Pool, shortage: int
+) -> None:
+    async with start_node(wrap=FaultyDisk) as a:
+        await Writer(CHUNK).send(pool, a.peer, b"data")
+        faulty(a).cold = True
+        a.node.outbox.parcel()
+        faulty(a).faults["read"] = [shortage]
+        await refused(ErrorCode.UNAVAILABLE, pool.read(a.peer, CHUNK, 0, 4))
+        assert [report.error for report in a.node.outbox.parcel().changes if report.error] == []
+
+
 async def test_syncs_of_one_chunk_coalesce(start_node: StartNode, pool: Pool) -> None:
     async with start_node(wrap=FaultyDisk) as a:
         writer = Writer(CHUNK)
