@@ -291,7 +291,8 @@ class Lane:
             group.append(batch)
         return group
 
-    async def _ask(self, items: list[Placed]) -> Committed:
+    @staticmethod
+    def _message(items: list[Placed]) -> Commit:
         chunks: dict[int, ChunkProgress] = {}
         files: list[FileCommit] = []
         for batch, item, extents in items:
@@ -299,11 +300,14 @@ class Lane:
             chunks[batch.sent.progress.chunk] = batch.sent.progress
             layer = item.layer
             files.append(FileCommit(item.file.ino, layer.truncate_generation, layer.stop, layer.mtime_ns, extents))
-        message = Commit(tuple(chunks.values()), tuple(files))
+        return Commit(tuple(chunks.values()), tuple(files))
+
+    async def _ask(self, items: list[Placed]) -> Committed:
         deadline = trio.current_time() + self._writer.give_up_seconds
         while True:
             try:
-                return await self._writer.meta.call(protocol.COMMIT, message, timeout=COMMIT_SECONDS)
+                # Made anew each time: times may have been set explicitly (utimens) since the last.
+                return await self._writer.meta.call(protocol.COMMIT, self._message(items), timeout=COMMIT_SECONDS)
             except DfsError as error:
                 # Asking again is safe: the same extents of the same chunk, and nothing later has been committed.
                 if error.code not in PASSING or trio.current_time() >= deadline:

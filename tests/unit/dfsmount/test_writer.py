@@ -323,6 +323,20 @@ async def test_a_lost_commit_answer_is_asked_for_again(autojump_clock: trio.test
         assert bench.meta.content(file.ino) == b"once"
 
 
+async def test_a_commit_asked_again_does_not_undo_times_set_meanwhile(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_bench() as bench:
+        file = bench.create()
+        bench.meta.latency_seconds = 1.0
+        bench.meta.errors["commit"].append(DfsError(ErrorCode.TIMEOUT))
+        await bench.writer.write(file, 0, b"data")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(bench.writer.flush, file)
+            while not bench.meta.calls["commit"]:  # noqa: ASYNC110
+                await trio.sleep(0.1)
+            file.leave_times()
+        assert [commit.files[0].mtime_ns for commit in bench.meta.commits] == [None]
+
+
 async def test_a_refused_file_does_not_harm_the_others(autojump_clock: trio.testing.MockClock) -> None:
     async with open_bench() as bench:
         files = [bench.create() for _ in range(3)]
