@@ -118,9 +118,7 @@ class InodeTable:
     def outdates(self, ino: int, asked_at: float) -> bool:
         """Whether what is known of an inode may be newer than an answer to a question asked at ``asked_at``."""
         inode = self._inodes.get(ino)
-        if inode is None:
-            return False
-        return inode.opened is not None or asked_at < max(inode.changed_at, inode.doubted_at)
+        return inode is not None and asked_at < max(inode.changed_at, inode.doubted_at)
 
     def peek(self, attributes: Attributes, asked_at: float) -> Inode:
         """Like :meth:`learn`, but an inode that is not in the table stays out of it until :meth:`adopt`."""
