@@ -181,16 +181,23 @@ def settle(tx: Transaction, live: dict[int, int]) -> list[int]:
 
 
 def place(tx: Transaction, chunk: int, rank: Rank) -> ChunkPlace:
-    """Where a chunk can be read: good replicas before doubtful ones, servers that are up first."""
+    """Where a chunk can be read: good replicas before doubtful ones, servers that are up first.
+
+    If there are only bad ones they are better than nothing: each block is checked by the reader, and a replica that is
+    short or damaged somewhere may have the others.
+    """
     prefix = key_u64(chunk)
     found = []
+    bad = []
     for key, value in tx.scan(Table.REPLICAS, prefix, after(prefix)):
-        order = _READ_ORDER.get(_STATE.unpack_from(value)[0])
+        state, server = _STATE.unpack_from(value)[0], parse_replica_key(key)[1]
+        order = _READ_ORDER.get(state)
         if order is not None:
-            server = parse_replica_key(key)[1]
             found.append((rank(server), order, server))
+        elif state == ReplicaState.BAD:
+            bad.append((rank(server), 0, server))
     # A good replica on a server that is down comes after a doubtful one that can be asked now: bytes are checked.
-    return ChunkPlace(chunk, tuple(server for _, _, server in sorted(found)))
+    return ChunkPlace(chunk, tuple(server for _, _, server in sorted(found or bad)))
 
 
 def owned(tx: Transaction) -> list[tuple[int, int]]:

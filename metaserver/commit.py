@@ -112,7 +112,8 @@ class Committer(Engine):
             stored = transaction.get(Table.ANSWERS, answer_key(transaction.session, operation))
             if stored is not None:
                 return self._repeat(StoredAnswer.unpack(stored), transaction.session, operation, decode)
-        if (self.log_full or self.store_full) and not frees:
+        # What was answered once and is done again found space then, and is owed now.
+        if (self.log_full or self.store_full) and not frees and replay is None:
             raise DfsError(ErrorCode.NO_SPACE, "the metaserver's disk is full")
         now_ns = self._now()
         if replay is not None:

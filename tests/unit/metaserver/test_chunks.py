@@ -116,6 +116,14 @@ def test_places_are_good_replicas_first_and_never_useless_ones() -> None:
     assert chunks.place(tx, chunk, lambda server: server == 4).servers == (5, 1, 4)
 
 
+def test_bad_replicas_are_read_if_there_are_no_others() -> None:
+    tx = MemoryRows()
+    chunk = sealed(tx, (1, 2, 3))
+    for server, state in ((1, ReplicaState.BAD), (2, ReplicaState.DELETING), (3, ReplicaState.BAD)):
+        set_state(tx, chunk, server, state)
+    assert chunks.place(tx, chunk, lambda server: server == 1).servers == (3, 1)
+
+
 # -- reports ---------------------------------------------------------------------------------------------------------
 
 

@@ -380,6 +380,9 @@ async def test_on_a_full_disk_only_deletions_go_on(tmp_path: Path, gate: Gate) -
 
         for _ in range(100):
             committer.change(1, 0, remove, frees=True)
+        # What was answered before a crash and is done again is owed, too.
+        owed = committer.change(1, 0, remove, replay=Replay(committer.epoch - 1, 5, 1, ()))
+        assert owed.number == committer.newest
         await durable(committer)
         await committer.checkpoint()
         assert len(names(committer)) == count
