@@ -14,6 +14,7 @@ import errno
 import fcntl
 import mmap
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -26,8 +27,11 @@ DIRECT_BYTES = 1 << 20
 
 
 class Space(NamedTuple):
+    """Bytes of the filesystem below a data directory. ``device`` is the same for all directories on one filesystem."""
+
     capacity: int
     free: int
+    device: str = ""
 
 
 class File(Protocol):
@@ -223,7 +227,8 @@ class LocalDisk:
 
     def space(self) -> Space:
         stats = os.statvfs(self.root)
-        return Space(stats.f_blocks * stats.f_frsize, stats.f_bavail * stats.f_frsize)
+        device = f"{socket.gethostname()}:{os.stat(self.root).st_dev}"
+        return Space(stats.f_blocks * stats.f_frsize, stats.f_bavail * stats.f_frsize, device)
 
     def read_small(self, path: str) -> bytes | None:
         try:

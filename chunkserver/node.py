@@ -195,6 +195,7 @@ class Node:
             highest_epoch=self.identity.highest_epoch,
             highest_chunk=highest_chunk,
             version=wire.PROTOCOL_VERSION,
+            device=space.device,
         )
 
     async def registered(self, reply: Registered) -> None:

@@ -123,7 +123,7 @@ class Members:
         draining = known is not None and known.row.draining
         row = Server(
             told.name, told.host, told.port, told.http_port, told.rack, told.labels, told.data_path, told.capacity,
-            draining,
+            draining, told.device,
         )  # fmt: skip
         member = Member(told.server, row, now, incarnation=told.incarnation, capacity=told.capacity, free=told.free)
         if known is not None:
@@ -202,10 +202,14 @@ class Members:
         return chosen[0] if chosen else 0
 
     def space(self, copies: int) -> tuple[int, int]:
-        """Total and free bytes that can be stored at so many copies."""
-        there = [member for member in self.by_id.values() if member.state is not ServerState.LOST]
-        total = sum(member.capacity for member in there)
-        return total // copies, sum(member.room for member in there) // copies
+        """Total and free bytes that can be stored at so many copies; a filesystem that servers share counts once."""
+        devices: dict[str, list[Member]] = {}
+        for member in self.by_id.values():
+            if member.state is not ServerState.LOST:
+                devices.setdefault(member.row.device or f"server {member.server}", []).append(member)
+        total = sum(max(member.capacity for member in sharing) for sharing in devices.values())
+        free = sum(_shared_room(sharing) for sharing in devices.values())
+        return total // copies, free // copies
 
     # -- reservations --------------------------------------------------------------------------------------------
 
@@ -239,3 +243,9 @@ class Members:
             member = self.by_id.get(server)
             if member is not None:
                 member.reserved += change
+
+
+def _shared_room(sharing: list[Member]) -> int:
+    """Bytes free and not reserved on the filesystem of these servers; those that are down told it some time ago, if."""
+    free = min([member.free for member in sharing if member.up] or [member.free for member in sharing])
+    return max(0, free - sum(member.reserved for member in sharing))

@@ -603,6 +603,7 @@ class Register(Json):
     """A chunkserver's start. ``incarnation`` is new in each life of the process; ``cluster_id`` is "" on a first start.
 
     ``highest_epoch`` and ``highest_chunk`` are the largest ever seen there: they prove a metaserver's rollback.
+    Servers with the same ``device`` (if not "") share one filesystem, whose space counts once.
     """
 
     server: int
@@ -620,6 +621,7 @@ class Register(Json):
     highest_epoch: int
     highest_chunk: int
     version: int
+    device: str = ""
 
 
 class Registered(Json):

@@ -424,6 +424,7 @@ class Server(PackedMessage):
     data_path: str
     capacity: int
     draining: bool = False
+    device: str = ""
 
 
 class Session(PackedMessage):

@@ -188,3 +188,15 @@ def test_the_clock_counts_only_time_lived_through() -> None:
     for now in (100.0, 101.0, 101.5, 5000.0, 4000.0, 4001.0):
         clock.tick(now)
     assert clock.seconds == 1.0 + 0.5 + 2.0 + 0.0 + 1.0
+
+
+def test_a_filesystem_that_servers_share_counts_once() -> None:
+    members = members_of(1, 2, 3)
+    assert members.space(2) == (sum(member.capacity for member in members.by_id.values()) // 2, 3 * GIB // 2)
+    for server in (1, 2):
+        members.by_id[server].row.device = "host:1"
+    members.by_id[2].free = GIB // 4
+    members.by_id[1].reserved = members.by_id[2].reserved = 64 << 20
+    assert members.space(1)[1] == GIB + GIB // 4 - (128 << 20)
+    members.by_id[2].reserved = GIB
+    assert members.space(1)[1] == GIB

@@ -34,7 +34,7 @@ ROWS: dict[str, PackedRow | Listed | PackedMessage] = {
     "rows_replica.bin": Replica(1, 0, 1 << 26, 1000, 0xDEADBEEF),
     "rows_total.bin": Total(1 << 33, 0xDEADBEEF),
     "rows_boot.bin": Boot(bytes(range(16)), True, False),
-    "rows_server.bin": Server("disk1", "host", 7000, 7001, "rack", ["ssd"], "/data", 1 << 40, True),
+    "rows_server.bin": Server("disk1", "host", 7000, 7001, "rack", ["ssd"], "/data", 1 << 40, True, "host:2049"),
     "rows_session.bin": Session("host", "/mnt", 123, 1, False, 10**18, 9),
     "rows_answer.bin": StoredAnswer(b"\x95", 111, "withdrawn"),
     "rows_task.bin": Task(TaskKind.TRUNCATE, 77, 4096),
