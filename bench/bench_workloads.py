@@ -46,8 +46,9 @@ class Sources:
         self.buffer = bytearray(os.urandom(MIB))
 
     def make(self) -> None:
-        """A real tree: the Python standard library, as far as wanted."""
-        copy_some(Path(sysconfig.get_path("stdlib")), self.tree, self.sizes.tree_files)
+        """A real tree: the Python standard library, and packages beside it where that is small, as far as wanted."""
+        copied = copy_some(Path(sysconfig.get_path("stdlib")), self.tree, self.sizes.tree_files)
+        copy_some(Path(sysconfig.get_path("purelib")), self.tree / "packages", self.sizes.tree_files - copied)
         subprocess.run(["tar", "-cf", self.archive, "-C", self.tree.parent, "tree"], check=True)
         copy_some(self.tree, self.repository, self.sizes.clone_files)
         git = ["git", "-c", "user.name=bench", "-c", "user.email=bench@localhost", "-C", str(self.repository)]
@@ -61,18 +62,23 @@ class Sources:
             subprocess.run(["tar", "-cf", "-", path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
 
 
-def copy_some(source: Path, target: Path, count: int) -> None:
-    """Copies the first ``count`` files of a tree (in sorted order, without caches), with modes and times."""
+def copy_some(source: Path, target: Path, count: int) -> int:
+    """Copies the first ``count`` files of a tree (in sorted order, without caches), with modes and times.
+
+    Returns how many there were.
+    """
+    copied = 0
     names = ("__pycache__", "site-packages", ".git")
     for folder, folders, files in os.walk(source):
         folders[:] = sorted(name for name in folders if name not in names)
         for name in sorted(files):
-            if count == 0:
-                return
+            if copied == count:
+                return copied
             place = target / Path(folder).relative_to(source)
             place.mkdir(parents=True, exist_ok=True)
             shutil.copy2(Path(folder) / name, place / name, follow_symlinks=False)
-            count -= 1
+            copied += 1
+    return copied
 
 
 class Place(NamedTuple):
