@@ -40,6 +40,8 @@ DECLARE_PAGE = 10_000
 MAX_UNDURABLE = 20_000
 # The errors of the handshake that no retry mends.
 HOPELESS = frozenset({ErrorCode.WRONG_VERSION, ErrorCode.WRONG_CLUSTER, ErrorCode.BAD_KEY, ErrorCode.WRONG_ROLE})
+# Two clocks that NTP keeps drift by less than 50 us in this time.
+CLOCK_PERIOD_SECONDS = 10.0
 # Changes that make sense only in the session that began them.
 SESSION_BOUND = frozenset({protocol.ALLOCATE.number, protocol.COMMIT.number, protocol.SEAL.number})
 
@@ -118,7 +120,12 @@ class MetaClient:
         self._hooks = hooks
         self._connect = connect
         self._clock_ns = clock_ns
-        self._clock_offset_ns = 0
+        # See _hear_time. The newest time the metaserver has told, and what its clock is ahead of ours at least: as
+        # found in the last full period, and in the one that began at _period_start.
+        self._latest_ns = 0
+        self._offset_ns: int | None = None
+        self._last_offset_ns: int | None = None
+        self._period_start = 0.0
         self._keep_alive_seconds = 5.0
         self._connection: Connection | None = None
         self._ready = trio.Event()
@@ -201,8 +208,15 @@ class MetaClient:
             raise DfsError(ErrorCode.IO, text)
 
     def now_ns(self) -> int:
-        """The metaserver's clock, to within half a round trip."""
-        return self._clock_ns() + self._clock_offset_ns
+        """The metaserver's clock: never later than it is there, and later than all it has told this mount.
+
+        So of two things that this mount does one after the other, one stamped here (a write) and one there (a new
+        name), the later never looks older: make and rsync depend on it.
+        """
+        offset_ns = self._offset_ns or 0
+        if self._last_offset_ns is not None and self._last_offset_ns > offset_ns:
+            offset_ns = self._last_offset_ns
+        return max(self._clock_ns() + offset_ns, self._latest_ns + 1)
 
     def peer(self, server: int) -> ServerAddress | None:
         """A chunkserver's address if it is known already."""
@@ -288,7 +302,21 @@ class MetaClient:
             self._answered.append(change)
         self._note(response)
 
+    def _hear_time(self, server_time_ns: int) -> None:
+        """An answer that was just received says what time it was there: not later than now. The answer with the
+        shortest way is the closest; it is forgotten after two periods, because clocks drift."""
+        offset_ns = server_time_ns - self._clock_ns()
+        now = trio.current_time()
+        if now - self._period_start > CLOCK_PERIOD_SECONDS:
+            self._last_offset_ns, self._offset_ns, self._period_start = self._offset_ns, offset_ns, now
+        elif self._offset_ns is None or offset_ns > self._offset_ns:
+            self._offset_ns = offset_ns
+        if server_time_ns > self._latest_ns:
+            self._latest_ns = server_time_ns
+
     def _note(self, response: wire.Response[Any]) -> None:
+        if response.time_ns:
+            self._hear_time(response.time_ns)
         if response.number > self.seen:
             self.seen = response.number
         if response.durable > self.durable:
@@ -418,13 +446,9 @@ class MetaClient:
     async def _open(self, connection: Connection, session: int) -> protocol.SessionOpened:
         who = self._identity
         request = protocol.OpenSession(session, who.host, who.mountpoint, who.pid, who.subdirectory, who.read_only)
-        before_ns = self._clock_ns()
         answer = await connection.call(protocol.OPEN_SESSION, request, timeout=RESUME_SECONDS)
-        self._set_clock(before_ns, answer.message.server_time_ns)
+        self._hear_time(answer.message.server_time_ns)
         return answer.message
-
-    def _set_clock(self, before_ns: int, server_time_ns: int) -> None:
-        self._clock_offset_ns = server_time_ns - (before_ns + self._clock_ns()) // 2
 
     async def _resume(self, connection: Connection, survived: dict[int, int]) -> None:
         opened, withdrawn = self._hooks.opened(), self._withdrawn
@@ -498,7 +522,6 @@ class MetaClient:
     async def _keep_alive(self, connection: Connection) -> None:
         while True:
             await trio.sleep(self._keep_alive_seconds)
-            before_ns = self._clock_ns()
             message = protocol.KeepAlive(self.acknowledged, self._hooks.dirty_bytes())
             try:
                 answer = await connection.call(protocol.KEEP_ALIVE, message, timeout=2 * self._keep_alive_seconds)
@@ -506,7 +529,7 @@ class MetaClient:
                 connection.close(str(error))
                 return
             self._note(answer.response)
-            self._set_clock(before_ns, answer.message.server_time_ns)
+            self._hear_time(answer.message.server_time_ns)
 
     async def close(self) -> None:
         """Ends the session: nothing of it is left at the metaserver. Bounded; errors are logged only."""

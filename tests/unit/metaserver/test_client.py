@@ -311,3 +311,23 @@ async def test_nobody_there_is_one_clear_error() -> None:
     with pytest.raises(DfsError, match="cannot connect"):
         async with client.open_meta("127.0.0.1", 1, KEY, client.SessionIdentity("h", "/", 1), hooks):
             raise AssertionError
+
+
+async def test_times_are_never_later_than_there_nor_earlier_than_what_was_told() -> None:
+    script = Script()
+    async with a_world(script) as world:
+        meta, here = world.meta, 1_000_000
+        meta._clock_ns = lambda: here
+        meta._offset_ns = meta._last_offset_ns = None
+        meta._latest_ns = 0
+        # The metaserver is 500 ahead; answers take 30, 10 and 70 to come back.
+        for way in (30, 10, 70):
+            here += 1000
+            meta._hear_time(here + 500 - way)
+            assert meta.now_ns() <= here + 500
+            assert meta.now_ns() > here + 500 - way
+        assert meta.now_ns() == here + 490
+        # What was told is never undercut, even if our clock is set back.
+        told = here + 500 - 70
+        here -= 100_000
+        assert meta.now_ns() == told + 1
