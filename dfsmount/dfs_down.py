@@ -19,12 +19,19 @@ def down(data: Path, say: Say, *, force: bool = False) -> bool:
     if cluster is None:
         raise Problem(f"no cluster in {data}")
     with locked(layout):
-        ours = [m.point for m in dfs_mounts.mounts() if m.ours and m.address == cluster.address]
+        ours = our_mounts(layout, cluster)
         for point in ours:
             take_down_mount(layout, cluster, point, say, force=force)
         stopped = stop_servers(layout, cluster, say)
         dfs_find.forget(cluster.address)
     return bool(ours) or stopped
+
+
+def our_mounts(layout: Layout, cluster: Cluster) -> list[str]:
+    """Mountpoints of this cluster. The address alone does not tell: while this cluster is down, another may have it."""
+    alive = any(dfs_processes.find(service) for service in services(layout, cluster) if service.name == "metaserver")
+    points = [m.point for m in dfs_mounts.mounts() if m.ours and m.address == cluster.address]
+    return [point for point in points if alive or mount(layout, cluster, point).pid_file.exists()]
 
 
 def take_down_mount(layout: Layout, cluster: Cluster, point: str, say: Say, *, force: bool) -> None:

@@ -77,12 +77,28 @@ class Layout:
         return self.data / name
 
     def prepare(self) -> None:
-        """Makes the directories; :class:`Problem` says why it cannot."""
+        """Makes the directories; :class:`Problem` says why it cannot. Takes only a new or empty one, or a cluster's."""
+        self._refuse_foreign()
         try:
             for directory in (self.data, self.logs, self.run):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise Problem(f"cannot make {error.filename}: {error.strerror}") from None
+
+    def _refuse_foreign(self) -> None:
+        try:
+            if self.cluster_file.exists() or not self.data.exists():
+                return
+            foreign = next((entry.name for entry in self.data.iterdir() if entry.name not in self._early()), None)
+        except OSError as error:
+            raise Problem(f"cannot use {self.data} for data: {error.strerror}") from None
+        if foreign is not None:
+            text = f"{self.data} is not empty and not the data directory of a cluster (it holds {foreign})"
+            raise Problem(f"{text}: choose another one with --data")
+
+    def _early(self) -> set[str]:
+        """What an interrupted first start may have left."""
+        return {self.logs.name, self.run.name, "lock", "lost+found"}
 
     def read_cluster(self) -> Cluster | None:
         """What cluster.toml says; None if there is no cluster here."""
