@@ -11,7 +11,7 @@ Installs what is missing (Debian packages, a virtual environment in .venv), star
 chunkservers with two copies of everything, and mounts them on MOUNTPOINT. Needs root, or asks sudo for it.
 
   --data DIR   where the data is kept (default: /var/lib/dfs-quickstart)
-  --no-links   do not make /usr/local/bin/dfs and /sbin/mount.dfs
+  --no-links   do not make links in /usr/local/bin (dfs, dfsmount, ...) and /sbin (mount.dfs)
 TEXT
 }
 
@@ -63,7 +63,9 @@ link() {
 system_setup
 python_setup ""
 if [[ $links == yes ]]; then
-    link /usr/local/bin/dfs "$VENV/bin/dfs"
+    for program in dfs dfsmount metaserver chunkserver; do
+        link "/usr/local/bin/$program" "$VENV/bin/$program"
+    done
     # mount(8) looks for helpers of a type there: makes `mount -t dfs` and /etc/fstab work.
     link /sbin/mount.dfs "$VENV/bin/mount.dfs"
     # umount(8) looks for a helper as well: with it, everything is written when umount returns.

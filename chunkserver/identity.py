@@ -47,6 +47,9 @@ def load(disk: Disk) -> Identity | None:
     try:
         identity = msgspec.json.decode(data, type=Identity)
     except msgspec.DecodeError as error:
+        if b'"role"' in data:
+            text = f"{disk.root} is the data directory of a metaserver: give this chunkserver one of its own"
+            raise DataDirectoryError(text) from None
         raise DataDirectoryError(f"{disk.root}/{FILE} is damaged ({error}): restore it from a backup") from None
     if identity.format != FORMAT:
         text = f"{disk.root} has format {identity.format}, this program knows {FORMAT}: use a newer chunkserver"

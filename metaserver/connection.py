@@ -524,6 +524,8 @@ async def _receive_hello(transport: Transport) -> Hello:
         return data
 
     head = await take(wire.HEADER_BYTES)
+    if head.startswith(b"HTTP/"):
+        raise DfsError(ErrorCode.PROTOCOL, f"{transport.name} is an HTTP port: give the other one (9400 by default)")
     header = wire.decode_header(head)
     if header.kind not in (Kind.HELLO, Kind.ERROR) or header.body_length > 4096 or header.payload_length:
         raise DfsError(ErrorCode.PROTOCOL, f"{transport.name} does not speak this protocol")

@@ -17,7 +17,7 @@ from metaserver import httpserver, identity, systemd, transport
 from metaserver.commit import Committer, open_committer
 from metaserver.config import Config, ConfigError
 from metaserver.connection import accept_handshake
-from metaserver.errors import DfsError
+from metaserver.errors import ConnectionLost, DfsError
 from metaserver.http import make_app
 from metaserver.key import ClusterKey, load_or_create_key
 from metaserver.parts import Parts
@@ -108,8 +108,12 @@ class _Acceptor:
             connection = await accept_handshake(
                 stream, client.dispatch, key=self._key, cluster_id=self._parts.cluster_id, role=ROLE
             )
+        except ConnectionLost as error:
+            # Whoever only looks whether the port is open: no reason to worry anybody.
+            log.debug("connection closed before the greeting", peer=stream.name, reason=str(error))
+            return
         except DfsError as error:
-            log.warning("connection refused", peer=stream.name, reason=str(error))
+            log.warning("greeting refused", peer=stream.name, reason=str(error))
             return
         try:
             await connection.run()

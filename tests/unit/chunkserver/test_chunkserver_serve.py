@@ -256,6 +256,9 @@ def test_directory_of_another_server_or_of_nobody(tmp_path: Path, damaged: set[s
     (tmp_path / "a" / identity.FILE).write_text("{")
     with pytest.raises(DataDirectoryError, match="damaged"):
         identity.open_directory(str(tmp_path / "a"), "")
+    (tmp_path / "a" / identity.FILE).write_text('{"format":1,"cluster_id":"x","role":"metaserver"}')
+    with pytest.raises(DataDirectoryError, match="of a metaserver"):
+        identity.open_directory(str(tmp_path / "a"), "")
     (tmp_path / "a" / identity.FILE).write_text('{"format":2,"server":1,"name":"","cluster_id":""}')
     with pytest.raises(DataDirectoryError, match="has format 2"):
         identity.open_directory(str(tmp_path / "a"), "")

@@ -321,3 +321,13 @@ def test_the_person_behind_sudo_is_the_starter(monkeypatch: pytest.MonkeyPatch) 
     assert dfs_owner.starter({"SUDO_UID": "x"})[0] == 0
     monkeypatch.setattr(os, "geteuid", lambda: 1234)
     assert dfs_owner.starter(sudo)[0] == 1234
+
+
+def test_a_directory_with_other_things_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "passwd").touch()
+    with pytest.raises(Problem, match=r"not empty .* \(it holds passwd\)"):
+        Layout(tmp_path).prepare()
+    assert [path.name for path in tmp_path.iterdir()] == ["passwd"]
+    (tmp_path / "passwd").unlink()
+    Layout(tmp_path).prepare()
+    Layout(tmp_path).prepare()

@@ -232,3 +232,19 @@ async def test_a_call_whose_sending_ends_the_connection_does_not_wait_for_ever(a
     assert connection.calls_in_flight == 0
     with trio.fail_after(5), pytest.raises(ConnectionLost):
         await pending.wait()
+
+
+async def test_an_http_port_is_named_as_such() -> None:
+    async def http(stream: transport.SocketTransport) -> None:
+        await stream.wait_readable()
+        stream.try_send([b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n"])
+        await trio.sleep_forever()
+
+    listener = transport.listen("127.0.0.1", 0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(transport.serve, listener, http)
+        server = Server()
+        server.port = listener.getsockname()[1]
+        with pytest.raises(DfsError, match="is an HTTP port"):
+            await greet(server)
+        nursery.cancel_scope.cancel()
