@@ -137,6 +137,8 @@ class Local(Target):
 
 class Ours(Target):
     name = "ours"
+    # Away from the default, which somebody's own cluster may have.
+    port = 28400
 
     def dfs(self, *words: str | Path, check: bool = True) -> str:
         return run(sys.executable, "-m", "dfsmount.dfs", *words, check=check, cwd=ROOT)
@@ -146,7 +148,8 @@ class Ours(Target):
 
     def up(self) -> None:
         data = self.work / "data"
-        self.dfs("up", self.root, "--data", data, "--copies", str(COPIES), "--servers", str(SERVERS))
+        counts = ("--copies", str(COPIES), "--servers", str(SERVERS))
+        self.dfs("up", self.root, "--data", data, "--port", str(self.port), *counts)
 
     def end(self) -> None:
         if (self.work / "data").exists():

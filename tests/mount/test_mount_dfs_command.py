@@ -258,6 +258,22 @@ def test_ports_in_use_are_named(tmp_path: Path) -> None:
         cluster.up()
 
 
+def test_down_leaves_the_mounts_of_others_alone(own_cluster: RealCluster, tmp_path: Path) -> None:
+    """A cluster that is down may have had the ports that another one has now."""
+    other = RealCluster(tmp_path / "other")
+    other.wanted.port = own_cluster.wanted.port
+    own_cluster.down()
+    try:
+        other.up()
+        (other.mnt / "file").write_text("x")
+        assert "was running" in own_cluster.down().stdout
+        assert other.mnt.is_mount()
+        assert (other.mnt / "file").read_text() == "x"
+        other.check()
+    finally:
+        other.destroy()
+
+
 def test_two_clusters_side_by_side(cluster: RealCluster, own_cluster: RealCluster) -> None:
     (own_cluster.mnt / "mine").write_text("here")
     assert not (cluster.mnt / "mine").exists()
