@@ -11,6 +11,7 @@
 """
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ DEFAULT_PORT = 9400
 # Metaserver: port and port + 1; chunkserver number n: from here on two for each.
 FIRST_CHUNKSERVER_PORT = 10
 MAX_SERVERS = 32
+# What may be there before the first start: a disk mounted for a server, what an interrupted start has left.
+OWN_NAME = re.compile(r"((metaserver|chunkserver\d+)(\.toml)?|logs|run|lock|lost\+found|cluster\.(key|toml)(\.new)?)")
 
 
 class Problem(Exception):
@@ -89,16 +92,12 @@ class Layout:
         try:
             if self.cluster_file.exists() or not self.data.exists():
                 return
-            foreign = next((entry.name for entry in self.data.iterdir() if entry.name not in self._early()), None)
+            foreign = next((entry.name for entry in self.data.iterdir() if not OWN_NAME.fullmatch(entry.name)), None)
         except OSError as error:
             raise Problem(f"cannot use {self.data} for data: {error.strerror}") from None
         if foreign is not None:
             text = f"{self.data} is not empty and not the data directory of a cluster (it holds {foreign})"
             raise Problem(f"{text}: choose another one with --data")
-
-    def _early(self) -> set[str]:
-        """What an interrupted first start may have left."""
-        return {self.logs.name, self.run.name, "lock", "lost+found"}
 
     def read_cluster(self) -> Cluster | None:
         """What cluster.toml says; None if there is no cluster here."""

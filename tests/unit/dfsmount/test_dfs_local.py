@@ -329,5 +329,6 @@ def test_a_directory_with_other_things_is_not_taken(tmp_path: Path) -> None:
         Layout(tmp_path).prepare()
     assert [path.name for path in tmp_path.iterdir()] == ["passwd"]
     (tmp_path / "passwd").unlink()
+    (tmp_path / "chunkserver2").mkdir()
     Layout(tmp_path).prepare()
     Layout(tmp_path).prepare()
