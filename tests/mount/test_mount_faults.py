@@ -169,6 +169,8 @@ def small_cluster(tmp_path: Path) -> Iterator[RealCluster]:
         for disk in disks:
             disk.mkdir(parents=True)
             run("mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m,mode=700", "none", disk)
+        # Without it, a directory that holds something is not taken for a cluster's.
+        cluster.layout.write_cluster(cluster.wanted)
         cluster.up()
         yield cluster
         cluster.check()
