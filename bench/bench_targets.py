@@ -13,6 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from dfsmount.dfs_layout import Cluster
+from dfsmount.dfs_services import free_port
+
 SERVERS, COPIES = 3, 2
 START_SECONDS = 60.0
 # MooseFS and GlusterFS refuse to work on 127.0.0.0/8: an address of this machine that nobody else uses.
@@ -137,13 +140,13 @@ class Local(Target):
 
 class Ours(Target):
     name = "ours"
-    # Away from the default, which somebody's own cluster may have.
-    port = 28400
 
     def dfs(self, *words: str | Path, check: bool = True) -> str:
         return run(sys.executable, "-m", "dfsmount.dfs", *words, check=check, cwd=ROOT)
 
     def begin(self) -> None:
+        # Away from the default, which somebody's own cluster may have.
+        self.port = free_port(Cluster(28400, SERVERS, COPIES), lambda _: None)
         self.up()
 
     def up(self) -> None:
