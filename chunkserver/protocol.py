@@ -129,6 +129,34 @@ class VerifyReply(Message):
     bad_blocks: tuple[int, ...]
 
 
+class ListChunks(Message):
+    """Asks for the replicas with ids above ``after``, sorted, at most ``count`` and 5,000."""
+
+    after: int
+    count: int
+
+
+class Listed(Message):
+    """One replica. ``sealed`` and ``error`` as in a report (``metaserver.protocol.ReplicaReport``)."""
+
+    chunk: int
+    length: int
+    entries: int
+    chain: int
+    sealed: bool
+    error: str
+    created_ns: int
+
+
+class ListChunksReply(Message):
+    """``end``: there are no more. ``highest_epoch`` and ``highest_chunk`` are the largest this server has ever seen."""
+
+    replicas: tuple[Listed, ...]
+    end: bool
+    highest_epoch: int
+    highest_chunk: int
+
+
 APPEND = Method(1, "append", Append, AppendReply)
 SYNC = Method(2, "sync", Sync, AppendReply)
 READ = Method(3, "read", Read, ReadReply)
@@ -136,3 +164,4 @@ READ_INDEX = Method(4, "read_index", ReadIndex, ReadIndexReply)
 STAT = Method(5, "stat", Stat, StatReply)
 VERIFY = Method(6, "verify", Verify, VerifyReply)
 PING = Method(7, "ping", Empty, Empty)
+LIST_CHUNKS = Method(8, "list_chunks", ListChunks, ListChunksReply)

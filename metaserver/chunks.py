@@ -27,6 +27,7 @@ from metaserver.schema import (
 CHUNK_MOVES: dict[ChunkState, frozenset[ChunkState]] = {
     ChunkState.OPEN: frozenset({ChunkState.SEALED, ChunkState.DEAD}),
     ChunkState.SEALED: frozenset({ChunkState.DEAD}),
+    ChunkState.FILLING: frozenset({ChunkState.SEALED, ChunkState.DEAD}),
     ChunkState.DEAD: frozenset(),
 }
 

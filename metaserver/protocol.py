@@ -38,7 +38,7 @@ class Attributes(Message):
     """An inode as the metaserver knows it. ``allocated`` is the number of bytes its extents cover.
 
     ``data_version`` grows with every change to the contents or size, so that a mount can keep what it has cached.
-    ``flags`` are :class:`InodeFlags`.
+    ``flags`` are :class:`InodeFlags`. ``copies`` is how many copies of its data are wanted; 0: the cluster's default.
     """
 
     ino: int
@@ -57,6 +57,7 @@ class Attributes(Message):
     truncate_generation: int
     data_version: int
     flags: int
+    copies: int = 0
 
 
 class InodeFlags(IntFlag):
@@ -128,9 +129,15 @@ class ServerState(IntEnum):
 
 
 class ChunkState(IntEnum):
+    """OPEN: one session appends. SEALED: never changes again. DEAD: nothing refers to it, its replicas are deleted.
+    FILLING: the cleaner collects live blocks of others in it; nothing refers to it yet, and a restart of the metaserver
+    makes it DEAD.
+    """
+
     OPEN = 1
     SEALED = 2
     DEAD = 3
+    FILLING = 4
 
 
 class ReplicaState(IntEnum):
@@ -435,10 +442,12 @@ class FsStats(Message):
 
 
 class Allocate(Message):
-    """Asks for a new chunk to write; ``avoid`` are servers that just failed this client."""
+    """Asks for a new chunk to write; ``avoid`` are servers that just failed this client. ``copies``: for files of which
+    so many are wanted; 0: the cluster's default."""
 
     host: str
     avoid: tuple[int, ...]
+    copies: int = 0
 
 
 class Allocated(Message):
@@ -656,13 +665,31 @@ class OrderKind(IntEnum):
     DELETE = 2
     SEAL = 3
     VERIFY = 4
+    COMPACT = 5
+
+
+class CompactSource(Json):
+    """A sealed chunk of which the blocks that hold any byte of ``ranges`` are wanted: [start, stop) of logical offsets,
+    sorted, disjoint. ``length``, ``entries`` and ``chain`` are the chunk's; ``host`` and ``port`` of a server that has
+    it."""
+
+    chunk: int
+    length: int
+    entries: int
+    chain: int
+    server: int
+    host: str
+    port: int
+    ranges: list[tuple[int, int]]
 
 
 class Order(Json):
     """What the metaserver wants done. ``order`` is unique per epoch; orders on one chunk come one at a time.
 
     COPY: take the sealed chunk from ``source``. SEAL: cut to length, entries and chain, mark sealed (fail if shorter
-    or different). DELETE: remove. Refused if ``epoch`` is below the highest the chunkserver has stored.
+    or different). DELETE: remove. COMPACT: make the new, sealed chunk of the wanted blocks of ``sources``, in
+    that order and in the order of their logical offsets.
+    Refused if ``epoch`` is below the highest the chunkserver has stored.
     """
 
     order: int
@@ -675,16 +702,35 @@ class Order(Json):
     source_server: int = 0
     source_host: str = ""
     source_port: int = 0
+    sources: list[CompactSource] = []
 
 
 class OrderResult(Json):
-    """``error`` is "" or an ``ErrorCode`` name; ``replica`` is the state after the order, if there is one."""
+    """``error`` is "" or an ``ErrorCode`` name; ``replica`` is the state after the order, if there is one.
+
+    ``moves`` says where a COMPACT has put things: (source chunk, logical offset there, length, logical offset in the
+    new chunk), in the order of the new chunk, neighbours joined.
+    """
 
     order: int
     epoch: int
     error: str
     text: str = ""
     replica: ReplicaReport | None = None
+    moves: list[tuple[int, int, int, int]] = []
+
+
+class ScrubStatus(Json):
+    """How far a chunkserver's scrubber is in its present pass over all replicas. ``done_bytes`` of ``total_bytes``;
+    ``pass_seconds`` since it began; ``bytes_per_second`` of late; ``bad`` replicas found since the process started;
+    ``last_pass_seconds``: how long the last complete pass took, 0 if there was none."""
+
+    done_bytes: int
+    total_bytes: int
+    pass_seconds: float
+    bytes_per_second: float
+    bad: int
+    last_pass_seconds: float = 0.0
 
 
 class Heartbeat(Json):
@@ -701,6 +747,7 @@ class Heartbeat(Json):
     results: list[OrderResult]
     read_bytes: int
     written_bytes: int
+    scrub: ScrubStatus | None = None
 
 
 class HeartbeatReply(Json):
@@ -726,6 +773,10 @@ class ServerStatus(Json):
     reserved: int
     chunks: int
     last_heartbeat_seconds: float
+    disk_state: str = ""
+    # Replicas that still have to leave it, while it is DRAINING.
+    to_move: int = 0
+    scrub: ScrubStatus | None = None
 
 
 class SessionStatus(Json):

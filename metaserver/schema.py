@@ -10,7 +10,9 @@ INODES     ino u64                        :class:`Inode`. ino 1 is the root and 
                                           of DENTRIES rows that name it (directories: 2 + subdirectories; the root
                                           counts itself). nlink 0 only with an ORPHANS row, or a TASKS row that
                                           will remove it. allocated is the sum of its EXTENTS lengths.
-                                          flags HAS_XATTRS if and only if XATTRS rows exist.
+                                          flags HAS_XATTRS if and only if XATTRS rows exist. storage_class: how many
+                                          copies of its data are wanted, 0: the cluster's default; a new inode has its
+                                          directory's.
 DENTRIES   parent u64, name               :class:`Dentry`: ino, type (S_IFMT bits >> 12), cookie. parent is a
                                           directory; ino exists; its type is the inode's. A directory has exactly
                                           one name, and its ``parent`` field says where.
@@ -27,7 +29,8 @@ BY_CHUNK   chunk u64, chunk offset u32,   length u64: exactly one row per EXTENT
            ino u64, file offset u64
 CHUNKS     chunk u64                      :class:`Chunk`. length, entries and chain are what is committed (OPEN) or
                                           final (SEALED). live is the sum of its BY_CHUNK lengths. owner is the
-                                          session that writes it (OPEN), else 0. A SEALED chunk with live 0 becomes
+                                          session that writes it (OPEN), else 0. FILLING: made by the cleaner, live
+                                          is 0 and owner 0. A SEALED chunk with live 0 becomes
                                           DEAD in the same transaction; a DEAD one disappears with its last REPLICAS
                                           row.
 REPLICAS   chunk u64, server u32          :class:`Replica`: state (``protocol.ReplicaState``), fragment 0, length,
@@ -307,6 +310,7 @@ class Inode(PackedRow):
             self.truncate_generation,
             self.data_version,
             self.flags,
+            self.storage_class,
         )
 
 

@@ -83,6 +83,11 @@ REQUESTS = {
     ),
     "stat": (protocol.STAT, protocol.Stat(CHUNK), protocol.StatReply(PROGRESS, "SEALED", "/srv/a", -1)),
     "verify": (protocol.VERIFY, protocol.Verify(CHUNK), protocol.VerifyReply(PROGRESS, (0, 5))),
+    "list_chunks": (
+        protocol.LIST_CHUNKS,
+        protocol.ListChunks(CHUNK, 5000),
+        protocol.ListChunksReply((protocol.Listed(CHUNK + 1, 11, 2, 0xDEADBEEF, True, "IO", -1),), True, 3, CHUNK + 9),
+    ),
     "ping": (protocol.PING, wire.Empty(), wire.Empty()),
 }
 

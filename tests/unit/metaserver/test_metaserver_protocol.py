@@ -44,6 +44,8 @@ def sample(kind: msgspec.inspect.Type, numbers: Iterator[int]) -> Any:
             return next(numbers) + 0.5
         case msgspec.inspect.VarTupleType(item):
             return (sample(item, numbers), sample(item, numbers))
+        case msgspec.inspect.TupleType(items):
+            return tuple(sample(item, numbers) for item in items)
         case msgspec.inspect.ListType(item):
             return [sample(item, numbers), sample(item, numbers)]
         case msgspec.inspect.UnionType(types):

@@ -20,7 +20,7 @@ def test_messages_have_these_bytes() -> None:
     hello = Hello(1, "c", "client", 2, b"n", b"p")
     assert wire.encode(hello).hex() == "9601a163a6636c69656e7402c4016ec40170"
     request = wire.Request(1000, 3, 9, wire.Empty(), wire.Replay(1, 2, -3, (4,)))
-    assert wire.encode(request).hex() == "95cd03e803099094" + "0102fd9104"
+    assert wire.encode(request).hex() == "96cd03e803099094" + "0102fd9104" + "00"
     assert wire.encode(wire.Response(5, 4, wire.Empty(), 6, (7,))).hex() == "950504900691" + "07"
     assert wire.encode(wire.Failure(ErrorCode.NO_SPACE, "full")).hex() == "920ba466756c6c"
 
