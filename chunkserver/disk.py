@@ -100,6 +100,12 @@ class Disk(Protocol):
         """Takes the directory for this process until it ends; False if another process has it."""
 
 
+class DataDisk(Disk, Protocol):
+    """A disk as a process takes it and gives it back."""
+
+    def unlock(self) -> None: ...
+
+
 class LocalFile:
     """A :class:`File` of the local filesystem."""
 

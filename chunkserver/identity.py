@@ -8,10 +8,11 @@ first registration), ``highest_epoch`` (no order of an older life of the metaser
 import errno
 import os
 import secrets
+from collections.abc import Callable
 
 import msgspec
 
-from chunkserver.disk import Disk, LocalDisk, chunk_directories, prepare_directory
+from chunkserver.disk import DataDisk, Disk, LocalDisk, chunk_directories, prepare_directory
 
 FILE = "identity.json"
 FORMAT = 1
@@ -57,14 +58,14 @@ def load(disk: Disk) -> Identity | None:
     return identity
 
 
-def open_directory(path: str, name: str) -> tuple[LocalDisk, Identity]:
+def open_directory(path: str, name: str, make_disk: Callable[[str], DataDisk] = LocalDisk) -> tuple[DataDisk, Identity]:
     """Takes a data directory for this process, making it one if it is empty; raises :class:`DataDirectoryError`.
 
     ``name`` is the server's configured name, "" for whatever the directory says.
     """
     try:
         prepare_directory(path)
-        disk = LocalDisk(os.path.realpath(path))
+        disk = make_disk(os.path.realpath(path))
         if not disk.lock():
             raise DataDirectoryError(f"the data directory {path} is in use by another process: stop that one first")
         try:
@@ -76,7 +77,7 @@ def open_directory(path: str, name: str) -> tuple[LocalDisk, Identity]:
         raise DataDirectoryError(f"cannot use the data directory {path}: {_reason(error)}") from None
 
 
-def _take(disk: LocalDisk, path: str, name: str) -> Identity:
+def _take(disk: Disk, path: str, name: str) -> Identity:
     """The identity, written anew in any case: a directory that cannot be written to is no use."""
     identity = load(disk) or _new_identity(disk, name)
     if name and identity.name and name != identity.name:

@@ -17,7 +17,7 @@ import trio
 from chunkserver import http
 from chunkserver.client import ControlClient
 from chunkserver.config import Config, split_address
-from chunkserver.disk import Disk, raise_descriptor_limit
+from chunkserver.disk import DataDisk, Disk, LocalDisk, raise_descriptor_limit
 from chunkserver.identity import Identity, open_directory
 from chunkserver.node import Node
 from chunkserver.report import Reporter
@@ -88,13 +88,14 @@ async def serve(
     key: ClusterKey | None,
     stop: trio.Event,
     *,
+    make_disk: Callable[[str], DataDisk] = LocalDisk,
     task_status: trio.TaskStatus[Ports] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Runs until ``stop`` is set, then drains. Raises :class:`StartError`, ``DataDirectoryError``, and
     :class:`DfsError` if the metaserver is of another cluster; cancelling ends it at once."""
     raise_descriptor_limit()
     keep_large_buffers()
-    disk, identity = open_directory(config.data, config.name)
+    disk, identity = open_directory(config.data, config.name, make_disk)
     try:
         listener = _listen(*split_address(config.listen, "listen"))
         try:

@@ -81,6 +81,13 @@ class Files:
     def truncate(self, path: Path, size: int) -> None:
         os.truncate(path, size)
 
+    def rename(self, old: Path, new: Path) -> None:
+        os.rename(old, new)
+
+    def sync_path(self, path: Path) -> None:
+        """Puts a whole file on stable storage."""
+        sync_file(path)
+
     def close(self, descriptor: int) -> None:
         os.close(descriptor)
 

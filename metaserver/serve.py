@@ -8,7 +8,10 @@ import errno
 import gc
 import signal
 import socket
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import structlog
 import trio
@@ -26,6 +29,8 @@ from metaserver.transport import SocketTransport
 
 log = structlog.get_logger(__name__)
 
+# The storage engine on a data directory; simulations have one over other files.
+OpenEngine: TypeAlias = Callable[[Path], AbstractAsyncContextManager[Committer]]
 # What was asked before a stop is answered, as far as that takes no longer.
 DRAIN_SECONDS = 2.0
 
@@ -42,7 +47,11 @@ class Ports(NamedTuple):
 
 
 async def serve(
-    config: Config, stop: trio.Event, *, task_status: trio.TaskStatus[Ports] = trio.TASK_STATUS_IGNORED
+    config: Config,
+    stop: trio.Event,
+    *,
+    open_engine: OpenEngine = open_committer,
+    task_status: trio.TaskStatus[Ports] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Runs a metaserver until ``stop`` is set. Raises, before anything is served, what the command line explains."""
     config.check()
@@ -53,7 +62,7 @@ async def serve(
         raise ConfigError(f"cannot make the cluster key {config.key_path}: {error.strerror}") from None
     listener = _listen(config.listen_host, config.listen_port)
     try:
-        async with open_committer(config.data_path) as committer:
+        async with open_engine(config.data_path) as committer:
             parts = Parts(committer, config, whose.cluster_id)
             parts.load()
             await committer.checkpoint()

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from metaserver.files import Files, sync_file
+from metaserver.files import Files
 from metaserver.logrecord import Position
 from metaserver.start import stored_position
 from metaserver.store import PAUSE_SECONDS, Store
@@ -59,11 +59,11 @@ def make_snapshot(store: Store, directory: Path, files: Files) -> Snapshot:
         store.copy(temporary)
         temporary.chmod(0o600)
         files.step("snapshot:before-sync")
-        sync_file(temporary)
+        files.sync_path(temporary)
         position = verify_snapshot(temporary)
         path = directory / f"{position.epoch:016x}-{position.number:016x}{SUFFIX}"
         files.step("snapshot:before-rename")
-        temporary.rename(path)
+        files.rename(temporary, path)
         files.sync_directory(directory)
         files.step("snapshot:after-rename")
     except BaseException:

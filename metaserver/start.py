@@ -19,7 +19,7 @@ from typing import NamedTuple
 import msgspec
 
 from metaserver.changelog import Changelog, KeptSegment, epoch_logs, find_firsts, list_segments, trim
-from metaserver.files import Files, is_full, sync_file
+from metaserver.files import Files, is_full
 from metaserver.ids import RANGES, Ids, limit_key, limit_of
 from metaserver.logrecord import SEGMENT_BYTES, Position
 from metaserver.overlay import Overlay, Rows, row_key
@@ -217,7 +217,7 @@ class _Start:
         self.segments = trim(self.segments, self.files)
         for segment in self.segments:
             if segment.header.epoch == self.segments[-1].header.epoch:
-                sync_file(segment.path)
+                self.files.sync_path(segment.path)
         self.files.step("start:before-epoch")
         epoch = replayed.end.epoch + 1
         directory = self.directory / CHANGELOG_NAME
