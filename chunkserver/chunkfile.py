@@ -165,6 +165,13 @@ def encode_entry(
     return packed + _U32.pack(chain), chain
 
 
+def encode_moved(entry: Entry, previous_chain: int) -> tuple[bytes, int]:
+    """``entry`` as it is, but behind an entry with that chain; returns its 64 bytes and its chain."""
+    packed = _ENTRY.pack(*entry[:-1])
+    chain = crc32c(packed, previous_chain)
+    return packed + _U32.pack(chain), chain
+
+
 def decode_entry(data: bytes | bytearray | memoryview, offset: int = 0) -> Entry:
     return Entry._make((*_ENTRY.unpack_from(data, offset), *_U32.unpack_from(data, offset + ENTRY_BYTES - 4)))
 

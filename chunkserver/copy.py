@@ -1,6 +1,6 @@
 """Taking a sealed chunk from another chunkserver: everything is checked before the file gets its name."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -30,9 +30,12 @@ class Copier:
         self._table = store.table
         self._pool = pool
 
-    async def copy(self, source: Peer, chunk: int, length: int, entries: int, chain: int) -> Replica:
+    async def copy(
+        self, source: Peer, chunk: int, length: int, entries: int, chain: int, *, makes_room: bool = False
+    ) -> Replica:
         """Brings chunk ``chunk``, sealed at exactly this point, here. A replica that was given up is replaced;
         nothing happens if it is here already. EXISTS if a different one is, and what reading or writing raise.
+        ``makes_room`` as in :meth:`Table.require_space`.
         """
         present = self._table.get(chunk)
         if present is not None and present.state is not ReplicaState.FAILED:
@@ -40,9 +43,8 @@ class Copier:
             if same and present.state is ReplicaState.SEALED and not present.error:
                 return present
             raise DfsError(ErrorCode.EXISTS, f"another replica of chunk {chunk:x} is here: delete it first")
-        self._table.require_space(length + chunkfile.HEADER_BYTES + entries * ENTRY_BYTES)
-        index = await self._fetch_index(source, chunk, length, entries, chain)
-        path = chunkfile.chunk_path(chunk)
+        self._table.require_space(length + chunkfile.HEADER_BYTES + entries * ENTRY_BYTES, makes_room=makes_room)
+        index = await self.fetch_index(source, chunk, length, entries, chain)
         header = Header(
             self._table.cluster,
             chunk,
@@ -52,18 +54,40 @@ class Copier:
             entries,
             self._table.first_chain(chunk) if entries == 0 else chain,
         )
+
+        async def fill(file: File) -> tuple[Index, Header]:
+            await self._fill(source, file, index, chunk)
+            return index, header
+
+        return await self.make(chunk, fill)
+
+    async def make(self, chunk: int, fill: Callable[[File], Awaitable[tuple[Index, Header]]]) -> Replica:
+        """A new sealed replica: ``fill`` writes the payload of a file that gets its name only when it is complete and
+        synced, and returns its index and header. Takes the place of one that was given up, or was made before.
+
+        DISK_FULL or IO if it cannot be written; nothing is left of it then, nor if ``fill`` raises.
+        """
+        path = chunkfile.chunk_path(chunk)
+        present = self._table.get(chunk)
         try:
-            await self._fill(source, path + COPYING_SUFFIX, index, header)
-            await self._in_thread(self._finish, path, present.path if present else "")
+            file: File = await self._in_thread(self._create, path + COPYING_SUFFIX)
+            try:
+                index, header = await fill(file)
+                await self._in_thread(self._complete, file, index, header)
+                await self._in_thread(self._finish, path, present.path if present else "")
+            except BaseException:
+                self._discard(path + COPYING_SUFFIX)
+                raise
         except OSError as error:
             code = ErrorCode.DISK_FULL if error.errno in FULL_ERRNOS else ErrorCode.IO
             raise DfsError(code, f"cannot write the copy: {error.strerror}") from None
-        progress = index.progress(entries, header.sealed_chain)
+        self._table.open_chunks.drop(chunk)
+        progress = index.progress(len(index), header.sealed_chain)
         replica = Replica(chunk, ReplicaState.SEALED, header.created_ns, progress)
         self._store.adopt(replica)
         return replica
 
-    async def _fetch_index(self, source: Peer, chunk: int, length: int, entries: int, chain: int) -> Index:
+    async def fetch_index(self, source: Peer, chunk: int, length: int, entries: int, chain: int) -> Index:
         """The source's entries, as far as the chunk goes; CHAIN_MISMATCH if they are not this chunk's."""
         if entries > MAX_ENTRIES or length > chunkfile.PAYLOAD_CAPACITY:
             raise DfsError(ErrorCode.INVALID, "no chunk is that large")
@@ -84,21 +108,14 @@ class Copier:
             raise DfsError(ErrorCode.CHAIN_MISMATCH, "the source's replica is a different one")
         return index
 
-    async def _fill(self, source: Peer, path: str, index: Index, header: Header) -> None:
-        """Writes a complete file under a temporary name, synced; removes it again if that fails."""
-        file: File = await self._in_thread(self._create, path)
-        try:
-            end = index.progress(len(index), 0)
-            stored = logical = 0
-            while logical < end.logical_length:
-                data, stored_bytes, logical_bytes = await self._fetch(source, header.chunk, index, logical, end)
-                await self._in_thread(file.write, [data], PAYLOAD_OFFSET + stored)
-                stored += stored_bytes
-                logical += logical_bytes
-            await self._in_thread(self._complete, file, index, header)
-        except BaseException:
-            self._discard(path)
-            raise
+    async def _fill(self, source: Peer, file: File, index: Index, chunk: int) -> None:
+        end = index.progress(len(index), 0)
+        stored = logical = 0
+        while logical < end.logical_length:
+            data, stored_bytes, logical_bytes = await self._fetch(source, chunk, index, logical, end)
+            await self._in_thread(file.write, [data], PAYLOAD_OFFSET + stored)
+            stored += stored_bytes
+            logical += logical_bytes
 
     async def _fetch(
         self, source: Peer, chunk: int, index: Index, logical: int, end: Progress

@@ -17,6 +17,7 @@ import trio
 from chunkserver import identity as identities
 from chunkserver import protocol, recovery
 from chunkserver.client import Connect, Pool, connect
+from chunkserver.compact import Compactor
 from chunkserver.copy import Copier
 from chunkserver.disk import Disk
 from chunkserver.forward import Forwarder
@@ -55,9 +56,11 @@ class Running:
             connect=node.connect,
         )
         self.service = Service(self.store, Forwarder(self.pool))
+        copier = Copier(self.store, self.pool)
         self.orders = Orders(
             self.store,
-            Copier(self.store, self.pool),
+            copier,
+            Compactor(self.store, self.pool, copier, node.identity.server),
             nursery,
             highest_epoch=lambda: node.identity.highest_epoch,
             raise_epoch=node.raise_epoch,

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 import trio
 
+from chunkserver.compact import Compactor, Moves, SourceFailed
 from chunkserver.copy import Copier
 from chunkserver.protocol import Peer
 from chunkserver.store import Store
@@ -27,6 +28,7 @@ class Orders:
         self,
         store: Store,
         copier: Copier,
+        compactor: Compactor,
         nursery: trio.Nursery,
         *,
         highest_epoch: Callable[[], int],
@@ -35,6 +37,7 @@ class Orders:
     ) -> None:
         self._store = store
         self._copier = copier
+        self._compactor = compactor
         self._nursery = nursery
         self._highest_epoch = highest_epoch
         self._raise_epoch = raise_epoch
@@ -72,21 +75,24 @@ class Orders:
 
     async def _result(self, order: Order) -> OrderResult:
         try:
-            await self._carry_out(order)
+            moves = await self._carry_out(order)
         except DfsError as error:
             log.warning("order failed", kind=order.kind.name, chunk=f"{order.chunk:x}", reason=str(error))
             result = OrderResult(order.order, order.epoch, error.code.name, error.text)
+            if isinstance(error, SourceFailed):
+                result.source = error.chunk
         except Exception:
             log.exception("order failed", kind=order.kind.name, chunk=f"{order.chunk:x}")
             text = "the server met an unexpected condition; see its log"
             result = OrderResult(order.order, order.epoch, ErrorCode.INTERNAL.name, text)
         else:
-            result = OrderResult(order.order, order.epoch, "")
+            result = OrderResult(order.order, order.epoch, "", moves=moves)
         replica = self._store.table.get(order.chunk)
         result.replica = replica.report() if replica is not None else None
         return result
 
-    async def _carry_out(self, order: Order) -> None:
+    async def _carry_out(self, order: Order) -> Moves:
+        """What a COMPACT has moved; nothing for other orders."""
         highest = self._highest_epoch()
         if order.epoch < highest:
             raise DfsError(ErrorCode.STALE_EPOCH, f"an order of epoch {order.epoch}, {highest} was seen already")
@@ -99,7 +105,14 @@ class Orders:
         elif order.kind == OrderKind.VERIFY:
             if await self._store.reads.verify(order.chunk):
                 raise DfsError(ErrorCode.BAD_CHECKSUM, "some blocks are damaged")
+        elif order.kind == OrderKind.COMPACT:
+            async with self._copies:
+                _, moves = await self._compactor.compact(order)
+                return moves
         else:
             async with self._copies:
                 source = Peer(order.source_server, order.source_host, order.source_port)
-                await self._copier.copy(source, order.chunk, order.length, order.entries, order.chain)
+                await self._copier.copy(
+                    source, order.chunk, order.length, order.entries, order.chain, makes_room=order.makes_room
+                )
+        return []

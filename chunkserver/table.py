@@ -170,11 +170,13 @@ class Table:
         self._space = self.disk.space()
         self._free_bytes = self._space.free
 
-    def require_space(self, length: int) -> None:
-        """Raises DISK_FULL if ``length`` bytes more would go below the reserve."""
-        if self._free_bytes - length < self.reserve_bytes:
+    def require_space(self, length: int, *, makes_room: bool = False) -> None:
+        """Raises DISK_FULL if ``length`` bytes more would go below the reserve, of which what ``makes_room`` in the end
+        may use a half."""
+        reserve = self.reserve_bytes // 2 if makes_room else self.reserve_bytes
+        if self._free_bytes - length < reserve:
             self.measure_space()
-            if self._free_bytes - length < self.reserve_bytes:
+            if self._free_bytes - length < reserve:
                 raise DfsError(ErrorCode.DISK_FULL, "the disk is full up to its reserve")
         self._free_bytes -= length
 

@@ -669,9 +669,8 @@ class OrderKind(IntEnum):
 
 
 class CompactSource(Json):
-    """A sealed chunk of which the blocks that hold any byte of ``ranges`` are wanted: [start, stop) of logical offsets,
-    sorted, disjoint. ``length``, ``entries`` and ``chain`` are the chunk's; ``host`` and ``port`` of a server that has
-    it."""
+    """A sealed chunk of which the bytes in ``ranges`` are wanted: [start, stop) of logical offsets, sorted, disjoint.
+    ``length``, ``entries`` and ``chain`` are the chunk's; ``host`` and ``port`` of a server that has it."""
 
     chunk: int
     length: int
@@ -687,8 +686,9 @@ class Order(Json):
     """What the metaserver wants done. ``order`` is unique per epoch; orders on one chunk come one at a time.
 
     COPY: take the sealed chunk from ``source``. SEAL: cut to length, entries and chain, mark sealed (fail if shorter
-    or different). DELETE: remove. COMPACT: make the new, sealed chunk of the wanted blocks of ``sources``, in
-    that order and in the order of their logical offsets.
+    or different). DELETE: remove. COMPACT: make the new, sealed chunk of the wanted bytes of ``sources``, in the order
+    of inode and file offset, so that neighbours in a file become neighbours in the chunk; as many as fit.
+    ``makes_room``: it leads to bytes being freed, and may use a part of the space that is kept free on the disk.
     Refused if ``epoch`` is below the highest the chunkserver has stored.
     """
 
@@ -703,13 +703,15 @@ class Order(Json):
     source_host: str = ""
     source_port: int = 0
     sources: list[CompactSource] = []
+    makes_room: bool = False
 
 
 class OrderResult(Json):
     """``error`` is "" or an ``ErrorCode`` name; ``replica`` is the state after the order, if there is one.
 
     ``moves`` says where a COMPACT has put things: (source chunk, logical offset there, length, logical offset in the
-    new chunk), in the order of the new chunk, neighbours joined.
+    new chunk), in the order of the new chunk, neighbours joined. ``source``: the chunk that a failed COMPACT could not
+    get right bytes of, 0 if that is not what was wrong.
     """
 
     order: int
@@ -718,6 +720,7 @@ class OrderResult(Json):
     text: str = ""
     replica: ReplicaReport | None = None
     moves: list[tuple[int, int, int, int]] = []
+    source: int = 0
 
 
 class ScrubStatus(Json):
@@ -800,6 +803,20 @@ class ChunkHealth(Json):
     dead: int
 
 
+class CleanerStatus(Json):
+    """What the cleaner is doing. ``candidates``: chunks worth rewriting, as far as known, and ``dead_bytes`` what that
+    would free at one copy; ``cleaning``: chunks being rewritten now; ``moved_bytes``, ``freed_chunks`` and
+    ``freed_bytes`` (at one copy) since the metaserver's start; ``failed`` attempts."""
+
+    candidates: int = 0
+    dead_bytes: int = 0
+    cleaning: int = 0
+    moved_bytes: int = 0
+    freed_chunks: int = 0
+    freed_bytes: int = 0
+    failed: int = 0
+
+
 class Status(Json):
     cluster_id: str
     epoch: int
@@ -819,6 +836,7 @@ class Status(Json):
     orders: int
     # Why nothing can be changed at present; "" if it can.
     read_only: str = ""
+    cleaner: CleanerStatus = msgspec.field(default_factory=CleanerStatus)
 
 
 class ReplicaStatus(Json):
