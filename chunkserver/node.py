@@ -4,6 +4,7 @@ Until the cluster is known (first start, before the first registration) there is
 answered with UNAVAILABLE.
 """
 
+import itertools
 import secrets
 import time
 from collections.abc import Callable
@@ -38,6 +39,8 @@ log = structlog.get_logger(__name__)
 
 # How often free space is measured and deletions are made durable.
 TICK_SECONDS = 0.5
+# Adding up what is stored looks at every replica: 0.2 us each.
+STORED_TICKS = 4
 # Replicas that were not sealed are read back before the first report, if that takes no longer; the rest follows.
 VERIFY_FIRST_SECONDS = 15.0
 
@@ -99,6 +102,7 @@ class Node:
         self._now_ns = now_ns
         self._identity_lock = trio.Lock()
         self._verified = trio.Event()
+        self._stored = 0
 
     # -- starting ----------------------------------------------------------------------------------------------
 
@@ -119,6 +123,7 @@ class Node:
             now_ns=self._now_ns,
         )
         self.running = Running(self, cluster, table, self._nursery)
+        self._stored = table.stored_bytes()
         self._nursery.start_soon(self._verify, self.running.store)
         self._nursery.start_soon(self._tick)
         self._post_snapshot()
@@ -136,8 +141,10 @@ class Node:
     async def _tick(self) -> None:
         assert self.running is not None
         table = self.running.store.table
-        while True:
+        for tick in itertools.count(1):
             await trio.sleep(TICK_SECONDS)
+            if tick % STORED_TICKS == 0:
+                self._stored = table.stored_bytes()
             with suppress(OSError):  # a disk that cannot even say its size fails elsewhere, and more clearly
                 table.measure_space()
             self._post_snapshot()
@@ -155,6 +162,7 @@ class Node:
                 table.disk_state,
                 table.bytes_read,
                 table.bytes_written,
+                self._stored,
             )
         )
 

@@ -6,7 +6,7 @@ from enum import Enum
 
 import trio
 
-from chunkserver.chunkfile import chunk_path
+from chunkserver.chunkfile import ENTRY_BYTES, HEADER_BYTES, chunk_path
 from chunkserver.disk import File
 from chunkserver.protocol import Progress
 from metaserver.errors import DfsError
@@ -105,6 +105,11 @@ class Replica:
         if state not in TRANSITIONS[self.state]:
             raise RuntimeError(f"chunk {self.chunk:x} cannot go from {self.state.name} to {state.name}")
         self.state = state
+
+    @property
+    def stored_bytes(self) -> int:
+        """What it takes up on the disk: the header, the index and the payload."""
+        return HEADER_BYTES + self.written.entries * ENTRY_BYTES + self.written.stored_length
 
     def report(self) -> ReplicaReport:
         """As the metaserver wants it."""

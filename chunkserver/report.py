@@ -51,6 +51,7 @@ class Snapshot(NamedTuple):
     disk_state: str
     read_bytes: int
     written_bytes: int
+    stored: int = -1
 
 
 class Parcel(NamedTuple):
@@ -294,6 +295,7 @@ def make_heartbeat(incarnation: int, number: int, snapshot: Snapshot, parcel: Pa
         parcel.results,
         snapshot.read_bytes,
         snapshot.written_bytes,
+        stored=snapshot.stored,
     )
 
 

@@ -106,6 +106,10 @@ class Table:
         """Replicas of any kind with a larger id than ``after``, sorted."""
         return [self._replicas[chunk] for chunk in nsmallest(count, (c for c in self._replicas if c > after))]
 
+    def stored_bytes(self) -> int:
+        """What the replicas take up, headers and indexes included."""
+        return sum(replica.stored_bytes for replica in self._replicas.values())
+
     def count_by_state(self) -> Counter[ReplicaState]:
         return Counter(replica.state for replica in self._replicas.values())
 

@@ -66,6 +66,8 @@ class Aging:
         for member in self._members.age(self._clock.seconds):
             if member.state is ServerState.LOST:
                 self._repair.lost(member.server)
+            else:
+                self._repair.silent(member.server)
 
     async def _end_overdue(self) -> None:
         while True:

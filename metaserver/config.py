@@ -37,7 +37,11 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     session_deadline_seconds: Seconds = 60.0
     window_seconds: Seconds = 10.0
     delete_grace_seconds: Annotated[float, msgspec.Meta(ge=0)] = 600.0
-    copies_per_server: Positive = 4
+    copies_per_server: Positive = 16
+    copy_bytes_per_second: Positive = 64 << 20
+    rebalance_bytes_per_second: Positive = 16 << 20
+    # 0: never by itself.
+    rebalance_threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.1
     log: Log = msgspec.field(default_factory=Log)
 
     @property

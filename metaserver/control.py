@@ -59,6 +59,8 @@ class Control:
         self._check_rollback(told)
         known = self._members.by_id.get(told.server)
         row = self._members.register(told, self._clock.seconds)
+        # Whatever it was to do, it does not know of it any more.
+        self._repair.silent(told.server)
         if (known is None or known.row != row) and not self._changes.refusing:
             change = self._committer.change(
                 0, 0, lambda tx, _: tx.put(Table.SERVERS, server_key(told.server), row.pack())
@@ -156,7 +158,7 @@ class Control:
         new = self._members.heartbeat(member, told, self._clock.seconds)
         if not was_up:
             log.info("chunkserver up", server=server, name=member.row.name)
-            self._repair.walk_server(server)
+            self._repair.survey(server)
             self._service.server_came_up()
         if new:
             await self._news(member, told)

@@ -3,7 +3,7 @@
 A server is known by its SERVERS row; its state follows from its heartbeats alone. Times are on the lived clock.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from random import Random
 
 import msgspec
@@ -48,6 +48,8 @@ class Member(msgspec.Struct, eq=False):
     free: int = 0
     reserved: int = 0
     chunks: int = 0
+    # What its replicas take up; -1: it has not told.
+    stored: int = -1
     disk_state: str = ""
     read_bytes: int = 0
     written_bytes: int = 0
@@ -65,6 +67,17 @@ class Member(msgspec.Struct, eq=False):
     def room(self) -> int:
         """Bytes free and not reserved."""
         return max(0, self.free - self.reserved)
+
+    @property
+    def occupied(self) -> int:
+        """Bytes its replicas take up; what else is on the disk counts only if it does not tell them apart."""
+        return self.stored if self.stored >= 0 else max(0, self.capacity - self.free)
+
+    @property
+    def fullness(self) -> float:
+        """How much of the space that it has for replicas is taken, from 0 to 1."""
+        space = self.occupied + self.free
+        return self.occupied / space if space else 1.0
 
     def candidate(self) -> Candidate:
         return Candidate(self.server, self.row.host, self.row.rack, self.room)
@@ -143,7 +156,7 @@ class Members:
         """Notes what a heartbeat says about the server itself; whether its changes and results are new."""
         member.heard = now
         member.capacity, member.free, member.chunks = told.capacity, told.free, told.chunks
-        member.disk_state = told.disk_state
+        member.stored, member.disk_state = told.stored, told.disk_state
         member.read_bytes, member.written_bytes = told.read_bytes, told.written_bytes
         if member.listed and member.state is not ServerState.UP:
             self._move(member, ServerState.UP)
@@ -195,10 +208,14 @@ class Members:
             raise DfsError(ErrorCode.NO_SPACE, "no chunkserver has room for another chunk")
         return chosen
 
-    def place_copy(self, beside: Iterable[int], needed: int) -> int:
-        """A server for one more replica of a chunk that has some; 0: none."""
+    def place_copy(
+        self, beside: Iterable[int], needed: int, avoid: Collection[int] = (), without: Collection[int] = ()
+    ) -> int:
+        """A server for one more replica of a chunk that has some; 0: none. ``avoid`` only if there is no other,
+        ``without`` never."""
         others = [self.by_id[server].candidate() for server in beside if server in self.by_id]
-        chosen = choose(self.candidates(), 1, self._random, beside=others, needed=max(1, needed))
+        candidates = [one for one in self.candidates() if one.server not in without]
+        chosen = choose(candidates, 1, self._random, beside=others, needed=max(1, needed), avoid=avoid)
         return chosen[0] if chosen else 0
 
     def space(self, copies: int) -> tuple[int, int]:

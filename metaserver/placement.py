@@ -50,6 +50,11 @@ def choose(
     return [one.server for one in chosen]
 
 
+def spread(places: Sequence[Candidate]) -> tuple[int, int]:
+    """How many hosts, and then racks, these are on: larger is better."""
+    return len({place.host for place in places}), len({place.rack for place in places})
+
+
 def _penalty(one: Candidate, used: Sequence[Candidate], writer_host: str, avoid: Collection[int]) -> tuple[int, ...]:
     """Smaller is better; compared in this order."""
     same_host = sum(other.host == one.host for other in used)

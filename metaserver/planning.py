@@ -1,30 +1,46 @@
 """What one chunk needs next. Pure: rows and the state of servers in, at most one step out.
 
-Nothing is deleted as superfluous unless enough others are known to be right: GOOD rows of exactly the chunk's length
-and chain, on servers that are up and have reported everything they have in this epoch.
+Words: a replica is *good* if it counts as a copy and its server is not LOST; *sure* if it was also confirmed, on a
+server that is up and has reported everything it has in this epoch; it *stays* if its server is not being drained.
+
+Nothing is deleted as superfluous unless enough sure replicas stay. Whatever moves is copied first: the copy makes the
+old one superfluous, and of superfluous ones that goes whose going costs the least spread over hosts and racks, then the
+one on the fullest server.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
 from metaserver.members import Members
+from metaserver.placement import Candidate, spread
 from metaserver.protocol import ChunkState, OrderKind, ReplicaState, ServerState
 from metaserver.schema import Chunk, Replica
 
 
+class Group(Enum):
+    """Steps that wait for each other; of each group some are taken in each round, so that none starves another."""
+
+    COPIES = 1
+    SETTLING = 2
+    MOVES = 3
+    DELETIONS = 4
+
+
 class Kind(Enum):
-    """A step: its order, if it is one, and how urgent it is (copies are as urgent as good copies are few)."""
+    """A step: its order, if it is one, and with which others it waits. COPY makes a copy that is missing, MOVE one that
+    is better placed than what there is."""
 
-    FORGET = (None, 0)
-    COPY = (OrderKind.COPY, 1)
-    SEAL = (OrderKind.SEAL, 50)
-    VERIFY = (OrderKind.VERIFY, 51)
-    DELETE = (OrderKind.DELETE, 60)
+    FORGET = (None, Group.SETTLING)
+    COPY = (OrderKind.COPY, Group.COPIES)
+    MOVE = (OrderKind.COPY, Group.MOVES)
+    SEAL = (OrderKind.SEAL, Group.SETTLING)
+    VERIFY = (OrderKind.VERIFY, Group.SETTLING)
+    DELETE = (OrderKind.DELETE, Group.DELETIONS)
 
-    def __init__(self, order: OrderKind | None, urgency: int) -> None:
+    def __init__(self, order: OrderKind | None, group: Group) -> None:
         self.order = order
-        self.urgency = urgency
+        self.group = group
 
 
 class Step(NamedTuple):
@@ -36,9 +52,16 @@ class Step(NamedTuple):
 Replicas = list[tuple[int, Replica]]
 
 
-def plan(
-    chunk: int, row: Chunk, replicas: Replicas, members: Members, suspects: Collection[tuple[int, int]]
-) -> Step | None:
+class Hints(NamedTuple):
+    """What else is known. ``suspects``: (chunk, server) to verify before they count again. ``avoid``: servers that have
+    just failed this chunk, used only if there are no others. ``sending``: copies under way from each server."""
+
+    suspects: Collection[tuple[int, int]] = ()
+    avoid: Collection[int] = ()
+    sending: Mapping[int, int] = {}
+
+
+def plan(chunk: int, row: Chunk, replicas: Replicas, members: Members, hints: Hints) -> Step | None:
     """The next step for a chunk on which no order is under way; None: it needs nothing that can be done now."""
     if row.state == ChunkState.OPEN:
         return None
@@ -48,7 +71,27 @@ def plan(
             return Step(Kind.DELETE, server)
     if row.state == ChunkState.DEAD:
         return None
-    return _forget(replicas, members) or _settle(chunk, up, members, suspects) or _copies(row, replicas, up, members)
+    return _settle(chunk, up, members, hints) or _Copies(row, replicas, up, members, hints).step()
+
+
+def good_copies(replicas: Replicas, members: Members) -> tuple[int, int]:
+    """How many replicas are good, and how many of those are on servers that are up: the fewest are the most urgent."""
+    good = [server for server, replica in replicas if replica.good and not is_lost(members, server)]
+    return len(good), sum(_is_up(members, server) for server in good)
+
+
+def plan_shift(row: Chunk, replicas: Replicas, members: Members, giving: int, taking: int) -> Step | None:
+    """A copy to ``taking`` that makes the replica on ``giving`` superfluous; None unless the chunk is as it should be,
+    and would be no less spread. Only for a chunk that :func:`plan` has no step for."""
+    if row.state != ChunkState.SEALED or any(server == taking for server, _ in replicas):
+        return None
+    up = [(server, replica) for server, replica in replicas if _is_up(members, server)]
+    staying = _Copies(row, replicas, up, members, Hints()).staying
+    if len(staying) != row.copies or giving not in staying or not _takes(members, taking, row.length):
+        return None
+    places = _places(members, staying)
+    after = [place for place in places if place.server != giving] + _places(members, [taking])
+    return Step(Kind.MOVE, taking, giving) if spread(after) >= spread(places) else None
 
 
 def _is_up(members: Members, server: int) -> bool:
@@ -56,48 +99,126 @@ def _is_up(members: Members, server: int) -> bool:
     return member is not None and member.up
 
 
-def _is_lost(members: Members, server: int) -> bool:
+def is_lost(members: Members, server: int) -> bool:
     member = members.by_id.get(server)
     return member is None or member.state is ServerState.LOST
 
 
-def _forget(replicas: Replicas, members: Members) -> Step | None:
-    """A copy that was under way to a server that is lost."""
-    for server, replica in replicas:
-        if replica.state == ReplicaState.COPYING and _is_lost(members, server):
-            return Step(Kind.FORGET, server)
-    return None
+def _drains(members: Members, server: int) -> bool:
+    return members.by_id[server].row.draining
 
 
-def _settle(chunk: int, up: Replicas, members: Members, suspects: Collection[tuple[int, int]]) -> Step | None:
+def _takes(members: Members, server: int, length: int) -> bool:
+    return any(one.server == server and one.free >= length for one in members.candidates())
+
+
+def _places(members: Members, servers: Sequence[int]) -> list[Candidate]:
+    return [members.by_id[server].candidate() for server in servers]
+
+
+def _settle(chunk: int, up: Replicas, members: Members, hints: Hints) -> Step | None:
     """Replicas that are to be sealed, or of which it is not known whether they are right."""
     for server, replica in up:
         unsure = replica.state == ReplicaState.UNSURE
-        if unsure and (chunk, server) in suspects:
+        if unsure and (chunk, server) in hints.suspects:
             return Step(Kind.VERIFY, server)
         if unsure or (replica.good and chunk in members.by_id[server].unsealed):
             return Step(Kind.SEAL, server)
     return None
 
 
-def _copies(row: Chunk, replicas: Replicas, up: Replicas, members: Members) -> Step | None:
-    good = [server for server, replica in replicas if replica.good and not _is_lost(members, server)]
-    sure = [server for server, replica in up if _confirmed(row, server, replica, members)]
-    copying = [server for server, replica in up if replica.state == ReplicaState.COPYING]
-    bad = [server for server, replica in up if replica.state == ReplicaState.BAD]
-    if copying and sure:
-        return Step(Kind.COPY, copying[0], sure[0])
-    if len(good) < row.copies:
-        target = members.place_copy([server for server, _ in replicas], row.length) if sure else 0
+class _Copies:
+    """The replicas of one chunk by what they are worth, and what is missing or too much."""
+
+    def __init__(self, row: Chunk, replicas: Replicas, up: Replicas, members: Members, hints: Hints) -> None:
+        self.row = row
+        self.members = members
+        self.hints = hints
+        self.everywhere = [server for server, _ in replicas]
+        self.copying = [server for server, replica in replicas if replica.state == ReplicaState.COPYING]
+        self.bad = [server for server, replica in up if replica.state == ReplicaState.BAD]
+        self.good = [server for server, replica in replicas if replica.good and not is_lost(members, server)]
+        self.sure = [server for server, replica in up if _confirmed(row, server, replica, members)]
+        self.staying = [server for server in self.sure if not _drains(members, server)]
+
+    def step(self) -> Step | None:
+        return self._under_way() or self._missing() or self._superfluous() or self._better_spread()
+
+    @property
+    def _lacking(self) -> int:
+        """Copies that have to be made, those on servers that are being drained not counted."""
+        return self.row.copies - sum(not _drains(self.members, server) for server in self.good)
+
+    def _copy_to(self, target: int) -> Step:
+        kind = Kind.COPY if len(self.good) < self.row.copies else Kind.MOVE
+        return Step(kind, target, self._source())
+
+    def _source(self) -> int:
+        avoid, sending = self.hints.avoid, self.hints.sending
+        return min(self.sure, key=lambda server: (server in avoid, sending.get(server, 0)))
+
+    def _under_way(self) -> Step | None:
+        """Copies whose order is void: they go on, unless they are not wanted any more or go badly."""
+        for server in self.copying:
+            wanted = self._lacking > 0 and _is_up(self.members, server) and not _drains(self.members, server)
+            if not wanted or server in self.hints.avoid:
+                return Step(Kind.FORGET, server)
+        return self._copy_to(self.copying[0]) if self.copying and self.sure else None
+
+    def _missing(self) -> Step | None:
+        if self._lacking <= 0 or not self.sure:
+            return None
+        target = self._target()
         if target:
-            return Step(Kind.COPY, target, sure[0])
+            return self._copy_to(target)
         # Nowhere else to go: a useless replica makes room for a right one.
-        return Step(Kind.DELETE, bad[0]) if bad and sure else None
-    if len(sure) >= row.copies and bad:
-        return Step(Kind.DELETE, bad[0])
-    if len(sure) > row.copies:
-        return Step(Kind.DELETE, min(sure, key=lambda server: members.by_id[server].room))
-    return None
+        return Step(Kind.DELETE, self.bad[0]) if self.bad else None
+
+    def _target(self) -> int:
+        # What is to leave its server takes up no host or rack.
+        leaving = {server for server in self.sure if _drains(self.members, server)}
+        beside = [server for server in self.everywhere if server not in leaving]
+        return self.members.place_copy(beside, self.row.length, self.hints.avoid, without=leaving)
+
+    def _superfluous(self) -> Step | None:
+        """What may go because enough others are known to be right."""
+        if len(self.staying) < self.row.copies:
+            return None
+        leaving = self.bad + [server for server in self.sure if _drains(self.members, server)]
+        if leaving:
+            return Step(Kind.DELETE, leaving[0])
+        if len(self.staying) > self.row.copies:
+            return Step(Kind.DELETE, self._least_missed())
+        return None
+
+    def _least_missed(self) -> int:
+        """The replica whose going leaves the best spread, then the most even use of space."""
+        places = _places(self.members, self.staying)
+
+        def worth(server: int) -> tuple[tuple[int, int], float, int]:
+            rest = [place for place in places if place.server != server]
+            member = self.members.by_id[server]
+            return spread(rest), member.fullness, member.occupied
+
+        return max(self.staying, key=worth)
+
+    def _better_spread(self) -> Step | None:
+        """Copies that share a host or rack although there is another."""
+        places = _places(self.members, self.staying)
+        if len(places) != self.row.copies or not _crowded(places):
+            return None
+        target = self.members.place_copy(self.everywhere, self.row.length, self.hints.avoid)
+        if not target:
+            return None
+        more = places + _places(self.members, [target])
+        best = max(spread([place for place in more if place is not left]) for left in more)
+        return Step(Kind.MOVE, target, self._source()) if best > spread(places) else None
+
+
+def _crowded(places: Sequence[Candidate]) -> bool:
+    """Whether two places have a host, or a rack that has a name, in common."""
+    racks = [place.rack for place in places if place.rack]
+    return len({place.host for place in places}) < len(places) or len(set(racks)) < len(racks)
 
 
 def _confirmed(row: Chunk, server: int, replica: Replica, members: Members) -> bool:

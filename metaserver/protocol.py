@@ -737,7 +737,8 @@ class ScrubStatus(Json):
 
 
 class Heartbeat(Json):
-    """``number`` counts from 1 in each incarnation; ``changes`` and ``results`` since the last acknowledged one."""
+    """``number`` counts from 1 in each incarnation; ``changes`` and ``results`` since the last acknowledged one.
+    ``stored``: bytes that its replicas take up, headers and indexes included; -1: not known."""
 
     incarnation: int
     number: int
@@ -751,6 +752,7 @@ class Heartbeat(Json):
     read_bytes: int
     written_bytes: int
     scrub: ScrubStatus | None = None
+    stored: int = -1
 
 
 class HeartbeatReply(Json):

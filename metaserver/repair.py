@@ -1,11 +1,13 @@
 """What chunks need, and the orders that bring it about (design 5.3).
 
-:func:`plan` is pure: a chunk, its replicas and a view of the servers in, at most one step out. :class:`Repair` keeps a
-queue of chunks to look at, fed by whatever changes and by a slow walk over all chunks, and the orders under way: one
-per chunk, repeated with every heartbeat until its result comes. No order leaves before what justifies it is durable.
+:func:`planning.plan` is pure: a chunk, its replicas and a view of the servers in, at most one step out. :class:`Repair`
+keeps queues of chunks to look at, fed by whatever changes, by surveys of servers that were lost or have come, and by a
+slow walk over all chunks. No order leaves before what justifies it is durable.
+
+Copies are made of those chunks first that have the fewest left. When a server is lost that order is known only once all
+of its chunks have been looked at; until then only chunks with a single good copy are copied.
 """
 
-import heapq
 from collections.abc import Iterable
 from itertools import islice
 from typing import NamedTuple
@@ -19,8 +21,10 @@ from metaserver.commit import Committer
 from metaserver.config import Config
 from metaserver.errors import ErrorCode
 from metaserver.members import Member, Members
-from metaserver.planning import Kind, Step, plan
+from metaserver.orders import Orders, Outstanding
+from metaserver.planning import Group, Hints, Kind, Step, good_copies, is_lost, plan, plan_shift
 from metaserver.protocol import ChunkState, Order, OrderKind, OrderResult, ReplicaReport, ReplicaState
+from metaserver.queueing import ChunkQueue
 from metaserver.reports import Finding
 from metaserver.schema import (
     Chunk,
@@ -37,17 +41,14 @@ from metaserver.schema import (
 
 log = structlog.get_logger(__name__)
 
-# Chunks of one tick (a second): walked, looked at because something changed, and put to work. About 50 us each.
+# Chunks of one tick (a second): walked, looked at because something changed, looked at in surveys, and put to work from
+# each queue. About 50 us each.
 WALK_CHUNKS = 200
 LOOK_CHUNKS = 500
+SURVEY_CHUNKS = 2000
 WORK_CHUNKS = 256
 # Others have their turn after so many.
 YIELD_EVERY = 50
-# Orders under way at one server, except copies (``Config.copies_per_server``), which cost a disk's bandwidth.
-MAX_ORDERS = 64
-# After an order has failed, and if no result of one ever comes although its server is up.
-RETRY_SECONDS = 10.0
-FORGET_SECONDS = 900.0
 # An order that fails like this says that the replica is useless; any other failure is tried again.
 _USELESS = frozenset(
     {
@@ -60,20 +61,24 @@ _USELESS = frozenset(
 )
 # The client's reasons to doubt a replica; being out of reach is not one.
 DOUBTS = frozenset({*_USELESS, ErrorCode.IO.name, ErrorCode.DISK_FAILED.name})
+# A copy fails like this because of where it goes, not because of where it comes from.
+_TARGETS_FAULT = frozenset({ErrorCode.DISK_FULL.name, ErrorCode.NO_SPACE.name, ErrorCode.EXISTS.name})
+
+Urgency = tuple[int, int]
 
 
-class _Outstanding(NamedTuple):
-    order: Order
-    server: int
-    ready_at: int
-    since: float
+class _Looked(NamedTuple):
+    """A chunk as it is now; its rows may wait for change ``wait_for``."""
+
+    row: Chunk | None
+    replicas: list[tuple[int, Replica]]
+    wait_for: int
 
 
 class Repair:
-    """The queue and the orders.
+    """The queues, and what is done about the chunks in them.
 
-    Invariants: ``_by_chunk`` and ``_orders`` hold the same orders; a chunk is in ``_heap`` once if it is in
-    ``_queued``.
+    Invariant: a chunk waits in at most one queue, that of the step it needed when it was last looked at.
     """
 
     def __init__(self, committer: Committer, config: Config, members: Members, clock: LivedClock) -> None:
@@ -81,21 +86,21 @@ class Repair:
         self._config = config
         self._members = members
         self._clock = clock
-        self._next_order = 0
-        self._orders: dict[int, _Outstanding] = {}
-        self._by_chunk: dict[int, int] = {}
+        self.orders = Orders(
+            config.copies_per_server, config.copy_bytes_per_second, config.rebalance_bytes_per_second
+        )  # fmt: skip
         self._fresh: dict[int, None] = {}
-        self._heap: list[tuple[int, int]] = []
-        self._queued: set[int] = set()
-        self._not_before: dict[int, float] = {}
+        self._queues: dict[Group, ChunkQueue[Urgency]] = {group: ChunkQueue() for group in Group}
+        # Wanted elsewhere although nothing is wrong with them: chunk to (from, to).
+        self._shifts: dict[int, tuple[int, int]] = {}
         self._dead_since: dict[int, float] = {}
         self._suspects: set[tuple[int, int]] = set()
         self._unknown: dict[tuple[int, int], float] = {}
-        self._server_walks: dict[int, int] = {}
+        self._surveys: dict[int, int] = {}
         self._walked = 0
 
     def __len__(self) -> int:
-        return len(self._orders)
+        return len(self.orders)
 
     # -- what happens elsewhere ----------------------------------------------------------------------------------
 
@@ -137,38 +142,49 @@ class Repair:
         """The server says that it has no such replica (any more)."""
         self._unknown.pop((chunk, server), None)
 
-    def walk_server(self, server: int) -> None:
-        """Looks at everything the server has: it has become UP, or LOST."""
-        self._server_walks[server] = 0
+    def survey(self, server: int) -> None:
+        """Looks at everything the server has: it has come UP, is LOST, or is being drained."""
+        self._surveys[server] = 0
+
+    def silent(self, server: int) -> None:
+        """The server is DOWN or has restarted: its orders are void, and others may do what can be done elsewhere."""
+        for chunk in self.orders.void_at(server):
+            self.look_at(chunk)
 
     def lost(self, server: int) -> None:
-        """The server is LOST: its orders are void, and its chunks need others."""
-        for number, outstanding in list(self._orders.items()):
-            if outstanding.server == server:
-                self._forget(number)
-        self.walk_server(server)
+        """The server is LOST: its chunks need other copies."""
+        self.silent(server)
+        self.survey(server)
+
+    def shift(self, chunk: int, giving: int, taking: int) -> None:
+        """A replica is wanted on ``taking`` rather than on ``giving``, if nothing else is the matter."""
+        self._shifts[chunk] = (giving, taking)
+        self.look_at(chunk)
+
+    @property
+    def shifts(self) -> int:
+        """How many shifts have not begun."""
+        return len(self._shifts)
 
     # -- orders --------------------------------------------------------------------------------------------------
 
     def orders_for(self, server: int) -> list[Order]:
         """What a heartbeat's reply carries."""
-        durable = self._committer.durable
-        ours = (one for one in self._orders.values() if one.server == server and one.ready_at <= durable)
-        return [one.order for one in ours]
+        return self.orders.for_server(server, self._committer.durable)
 
     def result(self, server: int, result: OrderResult) -> None:
         """An order was carried out, or failed. Results that come twice, or of an older epoch, change nothing."""
-        outstanding = self._orders.get(result.order)
-        if result.epoch != self._committer.epoch or outstanding is None or outstanding.server != server:
+        now = self._clock.seconds
+        outstanding = self.orders.take(result.order, server, now) if result.epoch == self._committer.epoch else None
+        if outstanding is None:
             return
-        self._forget(result.order)
         order = outstanding.order
         if result.error:
-            log.warning(
-                "order failed", order=OrderKind(order.kind).name, chunk=f"{order.chunk:x}", server=server,
-                error=result.error, text=result.text,
-            )  # fmt: skip
-            self._not_before[order.chunk] = self._clock.seconds + RETRY_SECONDS
+            self._failed(outstanding, result)
+        else:
+            self.orders.succeeded(order.chunk)
+            if order.kind == OrderKind.COPY:
+                self.orders.copied.add(order.length, now)
         self._committer.change(0, 0, lambda tx, _: _apply_result(tx, server, order, result), frees=True)
         if order.kind == OrderKind.SEAL and not result.error:
             self._members.by_id[server].unsealed.discard(order.chunk)
@@ -177,113 +193,156 @@ class Repair:
             self._members.by_id[server].unsealed.discard(order.chunk)
         self.look_at(order.chunk)
 
-    def _forget(self, number: int) -> None:
-        outstanding = self._orders.pop(number)
-        del self._by_chunk[outstanding.order.chunk]
-        self.look_at(outstanding.order.chunk)
+    def _failed(self, outstanding: Outstanding, result: OrderResult) -> None:
+        order, server = outstanding.order, outstanding.server
+        log.warning(
+            "order failed", order=OrderKind(order.kind).name, chunk=f"{order.chunk:x}", server=server,
+            source=order.source_server, error=result.error, text=result.text,
+        )  # fmt: skip
+        blamed = [server]
+        if order.kind == OrderKind.COPY and result.error not in _TARGETS_FAULT:
+            # Which end it was cannot be told; both are avoided for this chunk if there are others.
+            blamed.append(order.source_server)
+        self.orders.failed(order.chunk, blamed, self._clock.seconds, elsewhere=order.kind == OrderKind.COPY)
+        if order.kind == OrderKind.COPY and result.error in _USELESS:
+            self._doubt_source(order)
 
-    def _issue(self, kind: OrderKind, chunk: int, server: int, row: Chunk | None, ready_at: int, source: int) -> None:
-        self._next_order += 1
-        order = Order(self._next_order, self._committer.epoch, kind, chunk)
-        if row is not None:
-            order.length, order.entries, order.chain = row.length, row.entries, row.chain
-        if source:
-            origin = self._members.by_id[source].row
-            order.source_server, order.source_host, order.source_port = source, origin.host, origin.port
-        self._orders[order.order] = _Outstanding(order, server, ready_at, self._clock.seconds)
-        self._by_chunk[chunk] = order.order
+    def _doubt_source(self, order: Order) -> None:
+        """A copy has failed because of what it got: the source is verified before it counts again."""
 
-    def _room_for(self, server: int, kind: OrderKind) -> bool:
-        under_way = sum(one.server == server and one.order.kind == kind for one in self._orders.values())
-        return under_way < (self._config.copies_per_server if kind is OrderKind.COPY else MAX_ORDERS)
+        def unsure(tx: Transaction, _: int) -> bool:
+            value = tx.get(Table.REPLICAS, replica_key(order.chunk, order.source_server))
+            replica = None if value is None else Replica.unpack(value)
+            if replica is None or not replica.good:
+                return False
+            chunks.move_replica(replica, ReplicaState.UNSURE)
+            chunks.save_replica(tx, order.chunk, order.source_server, replica)
+            return True
 
-    # -- the walk ------------------------------------------------------------------------------------------------
+        if self._committer.change(0, 0, unsure, frees=True).message:
+            self.doubt(order.chunk, order.source_server)
+
+    def _issue(self, kind: OrderKind, chunk: int, row: Chunk | None, step: Step, ready_at: int) -> None:
+        source = next(iter(self._members.addresses([step.source])), None) if step.source else None
+        self.orders.issue(
+            kind, self._committer.epoch, chunk, step.server, row, ready_at, self._clock.seconds, step=step.kind,
+            source=source,
+        )  # fmt: skip
+
+    # -- the rounds ----------------------------------------------------------------------------------------------
 
     async def tick(self, *, unknown_may_go: bool) -> None:
         """One bounded round; call about once a second outside the reconnect window.
 
         ``unknown_may_go``: nobody can still tell of chunks that are unknown here.
         """
-        self._expire_orders()
+        for chunk in self.orders.expire(self._clock.seconds):
+            self.look_at(chunk)
         self._walk()
-        self._walk_servers()
+        await self._go_on_surveying()
         if unknown_may_go:
             self._drop_unknown()
-        fresh = list(islice(self._fresh, LOOK_CHUNKS))
-        for done, chunk in enumerate(fresh):
+        await self._classify_all(list(islice(self._fresh, LOOK_CHUNKS)))
+        await self._work()
+
+    async def _classify_all(self, found: Iterable[int]) -> None:
+        for done, chunk in enumerate(found):
             self._fresh.pop(chunk, None)
             self._classify(chunk)
             if done % YIELD_EVERY == YIELD_EVERY - 1:
                 await trio.lowlevel.checkpoint()
-        await self._work()
+
+    @property
+    def _losses_unknown(self) -> bool:
+        """Whether a lost server's chunks have not all been looked at."""
+        return any(is_lost(self._members, server) for server in self._surveys)
 
     async def _work(self) -> None:
-        waiting = []
-        for done in range(WORK_CHUNKS):
-            if not self._heap:
-                break
-            item = heapq.heappop(self._heap)
-            self._queued.discard(item[1])
-            if not self._carry_out(item[1]):
-                waiting.append(item)
-            if done % YIELD_EVERY == YIELD_EVERY - 1:
-                await trio.lowlevel.checkpoint()
-        for item in waiting:
-            self._push(*item)
+        """Takes some steps from each queue; what cannot be done now goes back into it."""
+        losses_unknown = self._losses_unknown
+        for group, queue in self._queues.items():
+            waiting = []
+            for done in range(min(WORK_CHUNKS, len(queue))):
+                item = queue.pop()
+                if item is None:
+                    break
+                hasty = group is Group.COPIES and losses_unknown and item[1][0] > 1
+                if hasty or not self._carry_out(item[0]):
+                    waiting.append(item)
+                if hasty:
+                    break
+                if done % YIELD_EVERY == YIELD_EVERY - 1:
+                    await trio.lowlevel.checkpoint()
+            for chunk, urgency in waiting:
+                queue.put(chunk, urgency)
 
-    def _push(self, urgency: int, chunk: int) -> None:
-        if chunk not in self._queued:
-            self._queued.add(chunk)
-            heapq.heappush(self._heap, (urgency, chunk))
-
-    def _read(self, chunk: int) -> tuple[Chunk | None, list[tuple[int, Replica]], int]:
+    def _look(self, chunk: int) -> _Looked:
         (row, replicas), wait_for = self._committer.read(
             0, lambda tx: (chunks.find(tx, chunk), chunks.replicas(tx, chunk))
         )
-        return row, replicas, wait_for
+        return _Looked(row, replicas, wait_for)
 
     def _classify(self, chunk: int) -> None:
-        """Queues a chunk that needs something; fewest good copies first, deletions last."""
-        if chunk in self._by_chunk:
+        """Queues a chunk that needs something; fewest good copies first."""
+        for queue in self._queues.values():
+            queue.discard(chunk)
+        if chunk in self.orders:
             return
-        row, replicas, _ = self._read(chunk)
-        if row is None:
+        looked = self._look(chunk)
+        if looked.row is None:
             self._dead_since.pop(chunk, None)
+            self._shifts.pop(chunk, None)
+            self.orders.succeeded(chunk)
             return
-        step = self._plan(chunk, row, replicas)
+        step = self._plan(chunk, looked.row, looked.replicas)
         if step is not None:
-            good = sum(replica.good for _, replica in replicas)
-            self._push(good if step.kind is Kind.COPY else step.kind.urgency, chunk)
+            self._queues[step.kind.group].put(chunk, good_copies(looked.replicas, self._members))
 
     def _plan(self, chunk: int, row: Chunk, replicas: list[tuple[int, Replica]]) -> Step | None:
         if row.state == ChunkState.DEAD:
             self._dead_since.setdefault(chunk, self._clock.seconds)
-        return plan(chunk, row, replicas, self._members, self._suspects)
+        hints = Hints(self._suspects, self.orders.avoid(chunk, self._clock.seconds), self.orders.sending)
+        step = plan(chunk, row, replicas, self._members, hints)
+        wanted = self._shifts.get(chunk)
+        if wanted is None or step is not None:
+            return step
+        step = plan_shift(row, replicas, self._members, *wanted)
+        if step is None:
+            del self._shifts[chunk]
+        return step
 
     def _carry_out(self, chunk: int) -> bool:
         """Takes the next step for a chunk; False if it has to wait."""
-        if chunk in self._by_chunk:
+        if chunk in self.orders:
             return True
-        now = self._clock.seconds
-        if self._not_before.get(chunk, now) > now:
+        if not self.orders.may_try(chunk, self._clock.seconds):
             return False
-        self._not_before.pop(chunk, None)
-        row, replicas, wait_for = self._read(chunk)
-        step = None if row is None else self._plan(chunk, row, replicas)
+        looked = self._look(chunk)
+        row = looked.row
+        step = None if row is None else self._plan(chunk, row, looked.replicas)
         if row is None or step is None:
             return True
-        if row.state == ChunkState.DEAD and now - self._dead_since[chunk] < self._config.delete_grace_seconds:
-            return False
-        order = step.kind.order
-        if order is not None and not self._room_for(step.server, order):
+        if not self._may_take(chunk, row, step):
             return False
         change = self._committer.change(0, 0, lambda tx, _: _prepare(tx, chunk, row, step), frees=True)
+        order = step.kind.order
         if order is None:
             self.look_at(chunk)
         else:
-            log.info("order", order=order.name, chunk=f"{chunk:x}", server=step.server, source=step.source)
-            self._issue(order, chunk, step.server, row, max(wait_for, change.number), step.source)
+            self._shifts.pop(chunk, None)
+            log.info("order", order=step.kind.name, chunk=f"{chunk:x}", server=step.server, source=step.source)
+            self._issue(order, chunk, row, step, max(looked.wait_for, change.number))
         return True
+
+    def _may_take(self, chunk: int, row: Chunk, step: Step) -> bool:
+        now = self._clock.seconds
+        if row.state == ChunkState.DEAD and now - self._dead_since[chunk] < self._config.delete_grace_seconds:
+            return False
+        if step.source:
+            return self.orders.room_for_copy(step.server, step.source, now, move=step.kind is Kind.MOVE)
+        return step.kind.order is None or self.orders.room_for(step.server, step.kind.order)
+
+    # -- finding what nobody told ----------------------------------------------------------------------------------
 
     def _walk(self) -> None:
         """Looks at all chunks again and again, slowly: whatever was missed is found."""
@@ -296,25 +355,25 @@ class Repair:
         self._walked = found[-1] if len(found) == WALK_CHUNKS else 0
         self._fresh.update(dict.fromkeys(found))
 
-    def _walk_servers(self) -> None:
-        for server, position in list(self._server_walks.items()):
+    async def _go_on_surveying(self) -> None:
+        """Lost servers first: nothing but that tells what is most urgent."""
+        left = SURVEY_CHUNKS
+        for server in sorted(self._surveys, key=lambda server: not is_lost(self._members, server)):
+            if left <= 0:
+                break
+            position = self._surveys[server]
 
-            def page(tx: Transaction, server: int = server, position: int = position) -> list[int]:
+            def page(tx: Transaction, server: int = server, position: int = position, count: int = left) -> list[int]:
                 rows = tx.scan(Table.BY_SERVER, by_server_key(server, position), by_server_key(server + 1, 0))
-                return [parse_by_server_key(key)[1] for key, _ in islice(rows, LOOK_CHUNKS)]
+                return [parse_by_server_key(key)[1] for key, _ in islice(rows, count)]
 
             found, _ = self._committer.read(0, page)
-            self._fresh.update(dict.fromkeys(found))
-            if len(found) < LOOK_CHUNKS:
-                del self._server_walks[server]
+            if len(found) < left:
+                del self._surveys[server]
             else:
-                self._server_walks[server] = found[-1] + 1
-
-    def _expire_orders(self) -> None:
-        now = self._clock.seconds
-        for number, outstanding in list(self._orders.items()):
-            if now - outstanding.since > FORGET_SECONDS:
-                self._forget(number)
+                self._surveys[server] = found[-1] + 1
+            left -= len(found)
+            await self._classify_all(found)
 
     def _drop_unknown(self) -> None:
         """Has replicas of chunks that nobody knows deleted, after a grace."""
@@ -324,13 +383,13 @@ class Repair:
             member = self._members.by_id.get(server)
             if now - since < self._config.delete_grace_seconds or member is None or not member.up:
                 continue
-            if chunk >= limit or chunk in self._by_chunk or not self._room_for(server, OrderKind.DELETE):
+            if chunk >= limit or chunk in self.orders or not self.orders.room_for(server, OrderKind.DELETE):
                 continue
             del self._unknown[(chunk, server)]
-            row, _, wait_for = self._read(chunk)
-            if row is None:
+            looked = self._look(chunk)
+            if looked.row is None:
                 log.info("deleting a replica of an unknown chunk", chunk=f"{chunk:x}", server=server)
-                self._issue(OrderKind.DELETE, chunk, server, None, wait_for, 0)
+                self._issue(OrderKind.DELETE, chunk, None, Step(Kind.DELETE, server), looked.wait_for)
             else:
                 self.look_at(chunk)
 
@@ -340,7 +399,7 @@ def _prepare(tx: Transaction, chunk: int, row: Chunk, step: Step) -> None:
     value = tx.get(Table.REPLICAS, replica_key(chunk, step.server))
     if step.kind is Kind.FORGET:
         chunks.drop_replica(tx, chunk, step.server)
-    elif step.kind is Kind.COPY and value is None:
+    elif step.kind in (Kind.COPY, Kind.MOVE) and value is None:
         chunks.add_replica(tx, chunk, step.server, Replica(ReplicaState.COPYING, 0, row.length, row.entries, row.chain))
     elif step.kind is Kind.DELETE and value is not None:
         replica = Replica.unpack(value)
