@@ -6,6 +6,9 @@ on a slow disk), :meth:`Appends.written` and :meth:`Appends.sync`.
 
 import errno
 import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import structlog
 import trio
@@ -29,6 +32,36 @@ SLOW_WRITE_SECONDS = 0.05
 SLOW_DISK_SECONDS = 10.0
 # An fdatasync of 64 MiB behind other traffic on a slow disk; beyond, the caller should go elsewhere.
 SYNC_SECONDS = 60.0
+# What ended so long ago says nothing about the disk any more.
+PACE_SECONDS = 1.0
+
+
+class DiskPace:
+    """The longest of what is under way at a disk and of what ended within the last moments. ``clock`` in seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._under_way: dict[int, float] = {}
+        self._ended: deque[tuple[float, float]] = deque(maxlen=64)
+        self._count = 0
+
+    @contextmanager
+    def operation(self) -> Iterator[None]:
+        self._count += 1
+        number, started = self._count, self._clock()
+        self._under_way[number] = started
+        try:
+            yield
+        finally:
+            del self._under_way[number]
+            now = self._clock()
+            self._ended.append((now, now - started))
+
+    @property
+    def seconds(self) -> float:
+        now = self._clock()
+        ended = [took for at, took in self._ended if at > now - PACE_SECONDS]
+        return max([*ended, *(now - started for started in self._under_way.values())], default=0.0)
 
 
 class Appends:
@@ -37,6 +70,12 @@ class Appends:
     def __init__(self, table: Table) -> None:
         self._table = table
         self._slow_until = -math.inf
+        self._pace = DiskPace(table.clock)
+
+    @property
+    def disk_seconds(self) -> float:
+        """How long writes and syncs take at present; those under way count with what they have taken until now."""
+        return self._pace.seconds
 
     def admit(self, request: Append, payload: Buffer) -> Write:
         """Checks an append against the replica; nothing is changed yet. The next call is :meth:`carry_out`.
@@ -161,9 +200,10 @@ class Appends:
             write = writing.queue[0]
             started = self._table.clock()
             try:
-                await self._table.run_sync(
-                    self._write_file, write, limiter=self._table.limits.writes, abandon_on_cancel=True
-                )
+                with self._pace.operation():
+                    await self._table.run_sync(
+                        self._write_file, write, limiter=self._table.limits.writes, abandon_on_cancel=True
+                    )
             except OSError as error:
                 self._write_failed(write, error)
             else:
@@ -251,14 +291,15 @@ class Appends:
         covers = replica.written.entries
         assert writing.file is not None
         try:
-            await self._table.run_sync(
-                self._sync_file,
-                replica,
-                writing.file,
-                not writing.directory_synced,
-                limiter=self._table.limits.syncs,
-                abandon_on_cancel=True,
-            )
+            with self._pace.operation():
+                await self._table.run_sync(
+                    self._sync_file,
+                    replica,
+                    writing.file,
+                    not writing.directory_synced,
+                    limiter=self._table.limits.syncs,
+                    abandon_on_cancel=True,
+                )
         except OSError as error:
             self._table.give_up(replica, error)
         else:

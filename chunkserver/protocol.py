@@ -9,6 +9,13 @@ from metaserver.wire import Empty, Message, Method
 ROLE = "chunkserver"
 
 
+class Pong(Message):
+    """Answers a ping. ``disk_ms``: how long writes and syncs take at present; those under way count with what they have
+    taken until now."""
+
+    disk_ms: int = 0
+
+
 class Peer(Message):
     """Where a chunkserver's data plane listens."""
 
@@ -163,5 +170,5 @@ READ = Method(3, "read", Read, ReadReply)
 READ_INDEX = Method(4, "read_index", ReadIndex, ReadIndexReply)
 STAT = Method(5, "stat", Stat, StatReply)
 VERIFY = Method(6, "verify", Verify, VerifyReply)
-PING = Method(7, "ping", Empty, Empty)
+PING = Method(7, "ping", Empty, Pong)
 LIST_CHUNKS = Method(8, "list_chunks", ListChunks, ListChunksReply)

@@ -14,6 +14,7 @@ from chunkserver.forward import Forwarded, Forwarder
 from chunkserver.protocol import (
     Append,
     AppendReply,
+    Pong,
     Read,
     ReadIndex,
     ReadIndexReply,
@@ -162,4 +163,4 @@ class Service:
         return Reply(VerifyReply(self._store.table.readable(request.chunk).written, tuple(bad)))
 
     def _ping(self, request: Empty, _: Buffer, trace_id: int) -> Reply:
-        return Reply(Empty())
+        return Reply(Pong(int(self._store.appends.disk_seconds * 1000)))

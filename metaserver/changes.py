@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from metaserver import chunks, contents, namespace, protocol, xattrs
+from metaserver import chunks, contents, namespace, protocol, sessions, xattrs
 from metaserver.commit import Change, Committer
 from metaserver.config import Config
 from metaserver.connection import Reply
@@ -37,14 +37,22 @@ class Changes:
     """Carries out the methods of ``protocol.CHANGES``. ``refusing``: why no change is taken at present."""
 
     def __init__(
-        self, committer: Committer, config: Config, sessions: Sessions, members: Members, repair: Repair, tasks: Tasks
+        self,
+        committer: Committer,
+        config: Config,
+        table: Sessions,
+        members: Members,
+        repair: Repair,
+        tasks: Tasks,
+        steady_ns: Callable[[], int],
     ) -> None:
         self._committer = committer
         self._config = config
-        self._sessions = sessions
+        self._sessions = table
         self._members = members
         self._repair = repair
         self._tasks = tasks
+        self._steady_ns = steady_ns
         self.refusing = ""
         # How many inodes there are.
         self.inodes = 0
@@ -73,7 +81,23 @@ class Changes:
             raise DfsError(ErrorCode.INVALID, "a change needs an operation number")
         if request.operation <= session.row.acknowledged and request.replay is None:
             raise DfsError(ErrorCode.WITHDRAWN, "an operation that its client is done with")
+        if request.expires_ms and request.replay is None and self.steady_ms >= request.expires_ms:
+            self._refuse_late(session, request.operation)
         return self._table[method](session, request)
+
+    @property
+    def steady_ms(self) -> int:
+        """The clock on which changes expire."""
+        return self._steady_ns() // 1_000_000
+
+    def _refuse_late(self, session: SessionState, operation: int) -> None:
+        """A change whose client has given it up, and told so: it must never happen, unless it has already."""
+
+        def withdraw(tx: Transaction, _: int) -> bool:
+            return sessions.withdraw(tx, session.id, (operation,)) > 0
+
+        if self._committer.change(session.id, 0, withdraw, frees=True).message:
+            raise DfsError(ErrorCode.TIMEOUT, "a change that came after its client had given it up")
 
     # -- names and attributes ------------------------------------------------------------------------------------
 
@@ -202,7 +226,7 @@ class Changes:
             if found:
                 return found
         return self._members.place_new(
-            self._config.copies, self._config.min_copies, message.host, message.avoid
+            self._config.copies, self._config.min_copies, message.host, message.avoid, message.never
         )  # fmt: skip
 
     def _commit(self, session: SessionState, request: Request[Any]) -> Applied:

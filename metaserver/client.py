@@ -6,7 +6,6 @@ operation number, and so are answered changes that the metaserver lost with the 
 with the ids and times of their first answer. Callers notice a delay and nothing else. See docs/design.md 5.2.4.
 """
 
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -17,6 +16,7 @@ import structlog
 import trio
 
 from metaserver import protocol, transport, wire
+from metaserver.clock import steady_ns
 from metaserver.connection import Answer, Connection, Incoming, Reply, Result, connect_handshake
 from metaserver.errors import ConnectionLost, DfsError, ErrorCode
 from metaserver.key import ClusterKey
@@ -42,6 +42,8 @@ MAX_UNDURABLE = 20_000
 HOPELESS = frozenset({ErrorCode.WRONG_VERSION, ErrorCode.WRONG_CLUSTER, ErrorCode.BAD_KEY, ErrorCode.WRONG_ROLE})
 # Two clocks that NTP keeps drift by less than 50 us in this time.
 CLOCK_PERIOD_SECONDS = 10.0
+# The metaserver refuses a change so long before the mount gives it up: 20 s of drift at 500 ppm, ten times.
+EXPIRY_MARGIN_SECONDS = 0.1
 # Changes that make sense only in the session that began them.
 SESSION_BOUND = frozenset({protocol.ALLOCATE.number, protocol.COMMIT.number, protocol.SEAL.number})
 
@@ -66,25 +68,64 @@ class Hooks(msgspec.Struct):
     dirty_bytes: Callable[[], int] = lambda: 0
 
 
+class RemoteClock:
+    """A clock elsewhere, as well as it can be known from what it is said to be in answers: never ahead of it.
+
+    ``clock_ns`` is one here that is never set. Of the answers of a period the one with the shortest way is the closest;
+    it is forgotten after two periods, because clocks drift, and because the other one may have been set back.
+    """
+
+    def __init__(self, clock_ns: Callable[[], int]) -> None:
+        self._clock_ns = clock_ns
+        # What it is ahead of ours at least: as found in the last full period, and in the one begun at _period_start.
+        self._last_ns: int | None = None
+        self._offset_ns: int | None = None
+        self._period_start = 0.0
+
+    @property
+    def known(self) -> bool:
+        return self._offset_ns is not None
+
+    def heard(self, time_ns: int) -> None:
+        """An answer that was just received says what time it was there."""
+        offset_ns = time_ns - self._clock_ns()
+        now = trio.current_time()
+        if now - self._period_start > CLOCK_PERIOD_SECONDS:
+            self._last_ns, self._offset_ns, self._period_start = self._offset_ns, offset_ns, now
+        elif self._offset_ns is None or offset_ns > self._offset_ns:
+            self._offset_ns = offset_ns
+
+    def now_ns(self) -> int:
+        offset_ns = self._offset_ns or 0
+        if self._last_ns is not None and self._last_ns > offset_ns:
+            offset_ns = self._last_ns
+        return self._clock_ns() + offset_ns
+
+    def forget(self) -> None:
+        self._last_ns = self._offset_ns = None
+
+
 class Change(Generic[ReplyT]):
-    """A change that was sent and is not known to be durable. ``number`` 0: not answered yet."""
+    """A change that was sent and is not known to be durable; ``answer`` None: not answered yet. Whoever asked for it
+    gives it up at ``deadline`` (trio's clock)."""
 
-    __slots__ = ("answer", "epoch", "error", "message", "method", "operation", "settled")
+    __slots__ = ("answer", "deadline", "epoch", "error", "message", "method", "operation", "settled")
 
-    def __init__(self, operation: int, method: Method[Any, ReplyT], message: Any, epoch: int) -> None:
+    def __init__(self, operation: int, method: Method[Any, ReplyT], message: Any, epoch: int, deadline: float) -> None:
         self.operation = operation
         self.method = method
         self.message = message
         self.epoch = epoch
+        self.deadline = deadline
         self.answer: wire.Response[ReplyT] | None = None
         self.error: DfsError | None = None
         self.settled: trio.Event | None = None
 
-    def request(self) -> bytes:
+    def request(self, expires_ms: int) -> bytes:
         """The encoded request for sending it again."""
         answer = self.answer
         replay = wire.Replay(self.epoch, answer.number, answer.time_ns, answer.ids) if answer else None
-        return wire.encode(wire.Request(0, self.epoch, self.operation, self.message, replay))
+        return wire.encode(wire.Request(0, self.epoch, self.operation, self.message, replay, expires_ms))
 
 
 class MetaClient:
@@ -104,7 +145,7 @@ class MetaClient:
         hooks: Hooks,
         *,
         connect: Callable[[str, int], Awaitable[transport.Transport]] = transport.connect,
-        clock_ns: Callable[[], int] = time.time_ns,
+        clock_ns: Callable[[], int] = steady_ns,
     ) -> None:
         self.host, self.port = host, port
         self.session = 0
@@ -119,13 +160,11 @@ class MetaClient:
         self._identity = identity
         self._hooks = hooks
         self._connect = connect
-        self._clock_ns = clock_ns
-        # See _hear_time. The newest time the metaserver has told, and what its clock is ahead of ours at least: as
-        # found in the last full period, and in the one that began at _period_start.
+        # The newest time the metaserver has told, and its two clocks: that of times of files, which people may set,
+        # and the steady one on which changes expire.
         self._latest_ns = 0
-        self._offset_ns: int | None = None
-        self._last_offset_ns: int | None = None
-        self._period_start = 0.0
+        self._wall = RemoteClock(clock_ns)
+        self._steady = RemoteClock(clock_ns)
         self._keep_alive_seconds = 5.0
         self._connection: Connection | None = None
         self._ready = trio.Event()
@@ -213,10 +252,7 @@ class MetaClient:
         So of two things that this mount does one after the other, one stamped here (a write) and one there (a new
         name), the later never looks older: make and rsync depend on it.
         """
-        offset_ns = self._offset_ns or 0
-        if self._last_offset_ns is not None and self._last_offset_ns > offset_ns:
-            offset_ns = self._last_offset_ns
-        return max(self._clock_ns() + offset_ns, self._latest_ns + 1)
+        return max(self._wall.now_ns(), self._latest_ns + 1)
 
     def peer(self, server: int) -> ServerAddress | None:
         """A chunkserver's address if it is known already."""
@@ -242,12 +278,13 @@ class MetaClient:
         while True:
             connection = self._connection or await self._connected(deadline)
             self._next_operation += 1
-            change = Change(self._next_operation, method, message, self.epoch)
+            change = Change(self._next_operation, method, message, self.epoch, deadline)
             left = max(0.001, deadline - trio.current_time())
             try:
                 pending = connection.start(
-                    method, message, timeout=left, epoch=self.epoch, operation=change.operation, trace_id=trace_id
-                )
+                    method, message, timeout=left, epoch=self.epoch, operation=change.operation, trace_id=trace_id,
+                    expires_ms=self._expires_ms(deadline),
+                )  # fmt: skip
             except ConnectionLost:
                 await self._pause(deadline)
                 continue
@@ -302,17 +339,23 @@ class MetaClient:
             self._answered.append(change)
         self._note(response)
 
-    def _hear_time(self, server_time_ns: int) -> None:
-        """An answer that was just received says what time it was there: not later than now. The answer with the
-        shortest way is the closest; it is forgotten after two periods, because clocks drift."""
-        offset_ns = server_time_ns - self._clock_ns()
-        now = trio.current_time()
-        if now - self._period_start > CLOCK_PERIOD_SECONDS:
-            self._last_offset_ns, self._offset_ns, self._period_start = self._offset_ns, offset_ns, now
-        elif self._offset_ns is None or offset_ns > self._offset_ns:
-            self._offset_ns = offset_ns
+    def _hear_time(self, server_time_ns: int, steady_ms: int = 0) -> None:
+        """An answer that was just received says what time it was there."""
+        self._wall.heard(server_time_ns)
+        if steady_ms:
+            self._steady.heard(steady_ms * 1_000_000)
         if server_time_ns > self._latest_ns:
             self._latest_ns = server_time_ns
+
+    def _expires_ms(self, deadline: float) -> int:
+        """When the metaserver must not begin any more with what is given up here at ``deadline``, on its steady clock.
+
+        Our idea of that clock is never ahead of it, so it refuses before we give up, and never carries out afterwards.
+        """
+        if not self._steady.known:
+            return 0
+        left_seconds = deadline - trio.current_time() - EXPIRY_MARGIN_SECONDS
+        return max(1, self._steady.now_ns() // 1_000_000 + int(1000 * left_seconds))
 
     def _note(self, response: wire.Response[Any]) -> None:
         if response.time_ns:
@@ -447,7 +490,9 @@ class MetaClient:
         who = self._identity
         request = protocol.OpenSession(session, who.host, who.mountpoint, who.pid, who.subdirectory, who.read_only)
         answer = await connection.call(protocol.OPEN_SESSION, request, timeout=RESUME_SECONDS)
-        self._hear_time(answer.message.server_time_ns)
+        # Perhaps another machine, or another life of it.
+        self._steady.forget()
+        self._hear_time(answer.message.server_time_ns, answer.message.steady_ms)
         return answer.message
 
     async def _resume(self, connection: Connection, survived: dict[int, int]) -> None:
@@ -474,7 +519,11 @@ class MetaClient:
             if answer is not None and change.epoch != self.epoch and answer.number <= survived.get(change.epoch, -1):
                 self._changes.pop(change.operation)
             elif answer is None or change.epoch != self.epoch:
-                again.append(protocol.Lost(change.operation, change.method.number, change.request()))
+                again.append(
+                    protocol.Lost(
+                        change.operation, change.method.number, change.request(self._expires_ms(change.deadline))
+                    )
+                )
         self._answered = deque(change for change in self._answered if change.epoch == self.epoch)
         return again
 
@@ -529,7 +578,7 @@ class MetaClient:
                 connection.close(str(error))
                 return
             self._note(answer.response)
-            self._hear_time(answer.message.server_time_ns)
+            self._hear_time(answer.message.server_time_ns, answer.message.steady_ms)
 
     async def close(self) -> None:
         """Ends the session: nothing of it is left at the metaserver. Bounded; errors are logged only."""

@@ -1,9 +1,16 @@
 """Time as far as this process lived through it."""
 
+import time
+
 import msgspec
 
 # A gap between two ticks beyond this is not time others were silent in: this process was stopped or starved.
 LONGEST_TICK_SECONDS = 2.0
+
+
+def steady_ns() -> int:
+    """Nanoseconds of a clock that no setting of the time moves, and that goes on while the machine is suspended."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 class LivedClock(msgspec.Struct):

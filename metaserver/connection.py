@@ -126,6 +126,11 @@ class Pending(Generic[ReplyT]):
         if self._task is not None:
             trio.lowlevel.reschedule(self._task)
 
+    def abandon(self) -> None:
+        """Nobody waits for the answer any more: tells the other side, which need not go on with it."""
+        if not self.done:
+            self._connection.abandon(self._request_id)
+
     @property
     def done(self) -> bool:
         return self._answer is not None or self._error is not None
@@ -193,12 +198,13 @@ class Connection:
         operation: int = 0,
         replay: wire.Replay | None = None,
         trace_id: int = 0,
+        expires_ms: int = 0,
     ) -> Pending[ReplyT]:
         """Queues a request without waiting; frames leave in the order of these calls. ``timeout`` is in seconds."""
         if self.lost is not None:
             raise self.lost
         request_id = self._new_request_id()
-        body = wire.encode(wire.Request(int(timeout * 1000), epoch, operation, message, replay))
+        body = wire.encode(wire.Request(int(timeout * 1000), epoch, operation, message, replay, expires_ms))
         pending = Pending(self, method, request_id, trio.current_time() + timeout)
         # Before it is sent: if the connection turns out to be broken then, the end of it resolves what is pending.
         self._pending[request_id] = pending

@@ -198,10 +198,16 @@ class Members:
             if member.shown_state is ServerState.UP and member.disk_state in _USABLE
         ]
 
-    def place_new(self, copies: int, least: int, host: str, avoid: Iterable[int]) -> list[int]:
-        """Servers for a new chunk. NO_SPACE if they are too full, UNAVAILABLE if too few are up."""
-        candidates = self.candidates()
-        chosen = choose(candidates, copies, self._random, writer_host=host, avoid=frozenset(avoid))
+    def place_new(
+        self, copies: int, least: int, host: str, avoid: Iterable[int], never: Iterable[int] = ()
+    ) -> list[int]:
+        """Servers for a new chunk; ``avoid`` and ``never`` as in ``protocol.Allocate``. NO_SPACE if they are too full,
+        UNAVAILABLE if too few are up."""
+        candidates, mute, shunned = self.candidates(), frozenset(never), frozenset(avoid)
+        others = [candidate for candidate in candidates if candidate.server not in mute]
+        chosen = choose(others, copies, self._random, writer_host=host, avoid=shunned)
+        if len(chosen) < least and mute:
+            chosen = choose(candidates, copies, self._random, writer_host=host, avoid=shunned | mute)
         if len(chosen) < least:
             if len(candidates) < least:
                 raise DfsError(ErrorCode.UNAVAILABLE, f"{len(candidates)} chunkservers are up, {least} are needed")

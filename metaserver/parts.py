@@ -24,7 +24,8 @@ from metaserver.tasks import Tasks
 
 
 class Parts:
-    """Made once per epoch; :meth:`load` then takes up what earlier epochs left."""
+    """Made once per epoch; :meth:`load` then takes up what earlier epochs left. ``steady_ns``: see ``clock.steady_ns``;
+    ``now_ns`` if that clock is never set."""
 
     def __init__(
         self,
@@ -33,6 +34,7 @@ class Parts:
         cluster_id: str,
         *,
         now_ns: Callable[[], int] = time.time_ns,
+        steady_ns: Callable[[], int] | None = None,
         random: Random | None = None,
     ) -> None:
         self.committer = committer
@@ -43,7 +45,7 @@ class Parts:
         self.members = members = Members(config.heartbeat_seconds, config.lost_after_seconds, random or Random())
         self.repair = repair = Repair(committer, config, members, clock)
         self.tasks = tasks = Tasks(committer, members)
-        self.changes = changes = Changes(committer, config, sessions, members, repair, tasks)
+        self.changes = changes = Changes(committer, config, sessions, members, repair, tasks, steady_ns or now_ns)
         tasks.carry_out, tasks.sealed = changes.carry_out, repair.sealed
         self.flushing = flushing = Flushing(sessions)
         self.resuming = resuming = Resuming(

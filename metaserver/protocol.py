@@ -181,7 +181,9 @@ class OpenSession(Message):
 
 
 class SessionOpened(Message):
-    """``survived`` tells which answered changes of the epochs before this one need to be sent again."""
+    """``survived`` tells which answered changes of the epochs before this one need to be sent again. ``steady_ms`` is
+    the metaserver's steady clock now (0: it has none), which no setting of the time moves: ``Request.expires_ms`` is
+    meant on it."""
 
     session: int
     epoch: int
@@ -192,6 +194,7 @@ class SessionOpened(Message):
     keep_alive_seconds: float
     deadline_seconds: float
     copies: int
+    steady_ms: int = 0
 
 
 class Declare(Message):
@@ -244,7 +247,10 @@ class KeepAlive(Message):
 
 
 class KeptAlive(Message):
+    """``steady_ms`` as in :class:`SessionOpened`."""
+
     server_time_ns: int
+    steady_ms: int = 0
 
 
 class Sync(Message):
@@ -442,12 +448,15 @@ class FsStats(Message):
 
 
 class Allocate(Message):
-    """Asks for a new chunk to write; ``avoid`` are servers that just failed this client. ``copies``: for files of which
-    so many are wanted; 0: the cluster's default."""
+    """Asks for a new chunk to write; ``avoid`` are servers that just failed this client, or are slow: only used if
+    there are not enough others for all copies. ``never`` are servers that do not answer it: only used if there are
+    not even enough others for the fewest copies that data is written with (``min_copies``); repair makes the rest.
+    ``copies``: for files of which so many are wanted; 0: the cluster's default."""
 
     host: str
     avoid: tuple[int, ...]
     copies: int = 0
+    never: tuple[int, ...] = ()
 
 
 class Allocated(Message):

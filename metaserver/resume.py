@@ -161,6 +161,7 @@ class Resuming:
             self._config.keep_alive_seconds,
             self._config.session_deadline_seconds,
             self._config.copies,
+            self._changes.steady_ms,
         )
         return session, Reply(opened, (), 0, self._committer.durable)
 

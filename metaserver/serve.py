@@ -17,6 +17,7 @@ import structlog
 import trio
 
 from metaserver import httpserver, identity, systemd, transport
+from metaserver.clock import steady_ns
 from metaserver.commit import Committer, open_committer
 from metaserver.config import Config, ConfigError
 from metaserver.connection import accept_handshake
@@ -63,7 +64,7 @@ async def serve(
     listener = _listen(config.listen_host, config.listen_port)
     try:
         async with open_engine(config.data_path) as committer:
-            parts = Parts(committer, config, whose.cluster_id)
+            parts = Parts(committer, config, whose.cluster_id, steady_ns=steady_ns)
             parts.load()
             await committer.checkpoint()
             await _run(config, key, parts, listener, stop, task_status)

@@ -216,7 +216,7 @@ class Service:
     def _keep_alive(self, client: Client, request: Request[Any]) -> Result:
         session, message = client.known, request.message
         session.dirty_bytes = message.dirty_bytes
-        reply = Reply(protocol.KeptAlive(self.resuming.now_ns()), (), 0, self.committer.durable)
+        reply = Reply(protocol.KeptAlive(self.resuming.now_ns(), self.changes.steady_ms), (), 0, self.committer.durable)
         if not session.row.acknowledged < message.acknowledged < 1 << 63 or session.resuming:
             return reply
         return self._acknowledge(session, message.acknowledged, reply)

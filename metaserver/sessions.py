@@ -192,13 +192,16 @@ def acknowledge(tx: Transaction, session: int, row: Session, up_to: int) -> tupl
     return changed, done
 
 
-def withdraw(tx: Transaction, session: int, operations: Iterable[int]) -> None:
-    """Has operations that have not happened refused for ever."""
+def withdraw(tx: Transaction, session: int, operations: Iterable[int]) -> int:
+    """Has operations that have not happened refused for ever; how many of them had not happened."""
     refusal = StoredAnswer(b"", ErrorCode.WITHDRAWN, "withdrawn by its client").pack()
+    count = 0
     for operation in operations:
         key = answer_key(session, operation)
         if tx.get(Table.ANSWERS, key) is None:
             tx.put(Table.ANSWERS, key, refusal)
+            count += 1
+    return count
 
 
 def orphans_of(tx: Transaction, session: int) -> list[int]:

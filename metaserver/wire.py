@@ -90,7 +90,7 @@ class Request(msgspec.Struct, Generic[MessageT], array_like=True, gc=False):
     ``deadline_ms`` is the time the asking side will wait, 0 for the receiver's default. ``epoch`` is the metaserver's
     life the asking side believes in, 0 if it does not matter. ``operation`` numbers the changes of a session from 1
     without gaps in meaning: a change that arrives twice under one number happens once; 0 in reads. ``expires_ms`` is
-    when the asking side will have given a change up, in ms since 1970 of the metaserver's clock; 0: never.
+    when the asking side will have given a change up, in ms of the metaserver's steady clock; 0: never.
     """
 
     deadline_ms: int

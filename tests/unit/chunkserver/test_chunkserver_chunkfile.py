@@ -88,7 +88,7 @@ REQUESTS = {
         protocol.ListChunks(CHUNK, 5000),
         protocol.ListChunksReply((protocol.Listed(CHUNK + 1, 11, 2, 0xDEADBEEF, True, "IO", -1),), True, 3, CHUNK + 9),
     ),
-    "ping": (protocol.PING, wire.Empty(), wire.Empty()),
+    "ping": (protocol.PING, wire.Empty(), protocol.Pong(250)),
 }
 
 

@@ -26,6 +26,8 @@ class Script:
         self.durable = 0
         self.survived: tuple[protocol.LastNumber, ...] = ()
         self.stale = False
+        self.steady_ms = 0
+        self.expires_ms: list[int] = []
         self.log: list[tuple[str, int]] = []
         self.resent: list[tuple[int, Any]] = []
         self.declared: list[protocol.Declare] = []
@@ -38,6 +40,8 @@ class Script:
         method = METHODS[incoming.method]
         request = method.decode_request(incoming.body)
         self.log.append((method.name, request.operation))
+        if method.number in protocol.CHANGES:
+            self.expires_ms.append(request.expires_ms)
         if self.drop_before_answer and method.number in protocol.CHANGES:
             self.drop_before_answer -= 1
             self.number += 1
@@ -58,7 +62,9 @@ class Script:
         session = request.message.session or 7 + len(self.connections)
         self.connections.append(connection)
         return self.reply(
-            protocol.SessionOpened(session, self.epoch, "c", ATTRIBUTES, self.survived, 5_000, 1.0, 60.0, 2)
+            protocol.SessionOpened(
+                session, self.epoch, "c", ATTRIBUTES, self.survived, 5_000, 1.0, 60.0, 2, self.steady_ms
+            )
         )
 
     def declare(self, connection: Connection, request: Any) -> Result:
@@ -113,8 +119,8 @@ class World:
     def __init__(self, script: Script, meta: client.MetaClient, events: list[Any]) -> None:
         self.script, self.meta, self.events = script, meta, events
 
-    async def make(self, name: bytes = b"f") -> int:
-        made = await self.meta.call(protocol.MAKE, protocol.Make(1, name, 0o100644, 0, 0), timeout=5)
+    async def make(self, name: bytes = b"f", timeout: float = 5) -> int:
+        made = await self.meta.call(protocol.MAKE, protocol.Make(1, name, 0o100644, 0, 0), timeout=timeout)
         return made.entry.attributes.ino
 
     def cut(self) -> None:
@@ -317,8 +323,7 @@ async def test_times_are_never_later_than_there_nor_earlier_than_what_was_told()
     script = Script()
     async with a_world(script) as world:
         meta, here = world.meta, 1_000_000
-        meta._clock_ns = lambda: here
-        meta._offset_ns = meta._last_offset_ns = None
+        meta._wall = client.RemoteClock(lambda: here)
         meta._latest_ns = 0
         # The metaserver is 500 ahead; answers take 30, 10 and 70 to come back.
         for way in (30, 10, 70):
@@ -331,3 +336,41 @@ async def test_times_are_never_later_than_there_nor_earlier_than_what_was_told()
         told = here + 500 - 70
         here -= 100_000
         assert meta.now_ns() == told + 1
+
+
+async def test_changes_say_when_they_are_given_up_on_the_steady_clock_of_the_metaserver() -> None:
+    script = Script()
+    script.steady_ms = 7_000_000
+    async with a_world(script) as world:
+        now = 10**15
+        world.meta._steady = client.RemoteClock(lambda: now)
+        world.meta._steady.heard(7_000_000 * 10**6)
+        now += 40 * 10**9
+        await world.make(timeout=5)
+        # Refused before it is given up, whatever the clocks of files say.
+        assert 7_044_000 < script.expires_ms[0] < 7_045_000
+        # What is sent again to another life of the metaserver expires on that one's clock.
+        script.steady_ms, script.epoch, script.drop_before_answer = 1_000, 2, 1
+        await world.make(b"g", timeout=20)
+        again = script.resent[-1][1]
+        assert 15_000 < again.expires_ms < 21_000
+
+
+async def test_without_a_steady_clock_changes_never_expire() -> None:
+    script = Script()
+    async with a_world(script) as world:
+        await world.make()
+        assert script.expires_ms == [0]
+
+
+async def test_a_remote_clock_is_never_ahead_although_it_is_set() -> None:
+    here, there = 0, 5_000
+    clock = client.RemoteClock(lambda: here)
+    clock.heard(there - 30)
+    clock.heard(there - 10)
+    assert clock.now_ns() == there - 10
+    # Set forward there: known with the next answer.
+    clock.heard(there + 1_000_000)
+    assert clock.now_ns() == there + 1_000_000
+    clock.forget()
+    assert not clock.known

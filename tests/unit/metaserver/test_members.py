@@ -200,3 +200,16 @@ def test_a_filesystem_that_servers_share_counts_once() -> None:
     assert members.space(1)[1] == GIB + GIB // 4 - (128 << 20)
     members.by_id[2].reserved = GIB
     assert members.space(1)[1] == GIB
+
+
+def test_who_does_not_answer_a_writer_gets_no_chunk_of_it_if_there_are_enough_others() -> None:
+    members = members_of(1, 2, 3)
+    for _ in range(20):
+        # Slow servers only if there are not enough others for all copies; mute ones rather not even then.
+        assert set(members.place_new(2, 1, "", avoid=(1,))) == {2, 3}
+        assert sorted(members.place_new(3, 1, "", avoid=(1,))) == [1, 2, 3]
+        assert members.place_new(3, 1, "", avoid=(), never=(1, 3)) == [2]
+        assert set(members.place_new(3, 2, "", avoid=(3,), never=(1,))) == {2, 3}
+        # The last resort: it may be the writer's network.
+        assert sorted(members.place_new(3, 3, "", avoid=(), never=(1,))) == [1, 2, 3]
+        assert len(members.place_new(2, 1, "", avoid=(), never=(1, 2, 3))) == 2

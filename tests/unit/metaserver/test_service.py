@@ -1,6 +1,7 @@
 """What a mount gets when it asks, over connections to a whole metaserver."""
 
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -321,3 +322,35 @@ async def test_allocation_waits_for_servers_and_says_what_is_missing(
         assert [each.server for each in (await waiting.wait()).message.servers] == [1]
         # 64 MiB of 100 are reserved now.
         assert await mount.fails(protocol.ALLOCATE, protocol.Allocate("", ()), operation=101) is ErrorCode.NO_SPACE
+
+
+# -- changes that come too late ------------------------------------------------------------------------------------
+
+
+async def test_a_change_that_its_client_has_given_up_never_happens(data: Path) -> None:
+    async with running(data) as metaserver:
+        mount = await metaserver.mount()
+        now_ms = metaserver.parts.changes.steady_ms
+        late = protocol.Make(1, b"late", FILE, 0, 0)
+        assert await mount.fails(protocol.MAKE, late, expires_ms=now_ms - 1, operation=7) is ErrorCode.TIMEOUT
+        # Not even if it comes again, and says another time.
+        assert await mount.fails(protocol.MAKE, late, operation=7) is ErrorCode.WITHDRAWN
+        assert await mount.fails(protocol.LOOKUP, protocol.Lookup(1, b"late")) is ErrorCode.NOT_FOUND
+        made = await mount.ask(protocol.MAKE, protocol.Make(1, b"soon", FILE, 0, 0), expires_ms=now_ms + 60_000)
+        # What has happened has happened: its answer comes again, however late it is asked for.
+        again = await mount.ask(
+            protocol.MAKE, protocol.Make(1, b"soon", FILE, 0, 0), expires_ms=1, operation=mount.operation
+        )
+        assert again.message == made.message
+
+
+async def test_setting_the_time_makes_no_change_expire(data: Path) -> None:
+    async with running(data) as metaserver:
+        mount = await metaserver.mount()
+        changes, committer = metaserver.parts.changes, metaserver.committer
+        expires = changes.steady_ms + 30_000
+        committer._clock = lambda: time.time_ns() + 3600 * 10**9
+        await mount.ask(protocol.MAKE, protocol.Make(1, b"f", FILE, 0, 0), expires_ms=expires)
+        metaserver.parts.changes._steady_ns = lambda: expires * 10**6
+        made = protocol.Make(1, b"g", FILE, 0, 0)
+        assert await mount.fails(protocol.MAKE, made, expires_ms=expires) is ErrorCode.TIMEOUT
