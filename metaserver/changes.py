@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from metaserver import chunks, contents, namespace, protocol, sessions, xattrs
+from metaserver.clock import LivedClock
 from metaserver.commit import Change, Committer
 from metaserver.config import Config
 from metaserver.connection import Reply
@@ -40,6 +41,7 @@ class Changes:
         self,
         committer: Committer,
         config: Config,
+        clock: LivedClock,
         table: Sessions,
         members: Members,
         repair: Repair,
@@ -48,6 +50,7 @@ class Changes:
     ) -> None:
         self._committer = committer
         self._config = config
+        self._clock = clock
         self._sessions = table
         self._members = members
         self._repair = repair
@@ -207,14 +210,15 @@ class Changes:
 
         def allocate(tx: Transaction, now_ns: int) -> Allocated:
             servers = self._servers_for(message, replay)
+            limit = self._members.limit(servers, message.needed)
             chunk = chunks.allocate(tx, now_ns, session.id, servers, copies)
-            return Allocated(chunk, self._members.addresses(servers), copies)
+            return Allocated(chunk, self._members.addresses(servers), copies, limit)
 
         change = self._change(session, request, protocol.ALLOCATE.decode_reply, allocate)
         allocated = change.message
         servers = tuple(address.server for address in allocated.servers)
         if not change.repeated:
-            self._members.opened(allocated.chunk, session.id, servers)
+            self._members.opened(allocated.chunk, session.id, servers, limit=allocated.limit)
         reply, wait_for = self._applied(change)
         reply.ids = (*change.ids, *servers)
         return reply, wait_for
@@ -225,9 +229,14 @@ class Changes:
             found = known or self._repair.reported(replay.ids[0])
             if found:
                 return found
-        return self._members.place_new(
-            self._config.copies, self._config.min_copies, message.host, message.avoid, message.never
-        )  # fmt: skip
+        try:
+            return self._members.place_new(
+                self._config.copies, self._config.min_copies, message.host, message.avoid, message.never, message.needed
+            )
+        except DfsError as error:
+            if error.code is ErrorCode.NO_SPACE:
+                self._members.refused_at = self._clock.seconds
+            raise
 
     def _commit(self, session: SessionState, request: Request[Any]) -> Applied:
         message = request.message

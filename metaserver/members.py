@@ -3,11 +3,13 @@
 A server is known by its SERVERS row; its state follows from its heartbeats alone. Times are on the lived clock.
 """
 
+import math
 from collections.abc import Collection, Iterable
 from random import Random
 
 import msgspec
 
+from metaserver import space
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.placement import Candidate, choose
 from metaserver.protocol import CHUNK_CAPACITY, Heartbeat, Register, ServerAddress, ServerState
@@ -19,8 +21,9 @@ MISSED = 3
 # Smaller is read from first; an unknown server comes last.
 _RANK = {ServerState.UP: 0, ServerState.DRAINING: 0, ServerState.DOWN: 1, ServerState.LOST: 2}
 _UNKNOWN_RANK = 3
-# What a server says of its disk when it takes data ("": nothing yet).
+# What a server says of its disk when it takes data ("": nothing yet), and when it does again once something is deleted.
 _USABLE = ("", "OK")
+_WORKING = (*_USABLE, "FULL")
 
 # Legal moves; anything to UP is a heartbeat.
 SERVER_MOVES: dict[ServerState, frozenset[ServerState]] = {
@@ -46,6 +49,7 @@ class Member(msgspec.Struct, eq=False):
     number: int = 0
     capacity: int = 0
     free: int = 0
+    spare: int = 0
     reserved: int = 0
     chunks: int = 0
     # What its replicas take up; -1: it has not told.
@@ -79,31 +83,49 @@ class Member(msgspec.Struct, eq=False):
         space = self.occupied + self.free
         return self.occupied / space if space else 1.0
 
-    def candidate(self) -> Candidate:
-        return Candidate(self.server, self.row.host, self.row.rack, self.room)
+    @property
+    def device(self) -> str:
+        """Servers with the same share their space."""
+        return self.row.device or f"server {self.server}"
+
+    @property
+    def works(self) -> bool:
+        """Up, not being emptied, its disk in order: it takes data if it has room."""
+        return self.shown_state is ServerState.UP and self.disk_state in _WORKING
+
+    def candidate(self, room: int | None = None) -> Candidate:
+        """``room``: what is left if others share the disk."""
+        return Candidate(self.server, self.row.host, self.row.rack, self.room if room is None else room, self.device)
 
     def address(self) -> ServerAddress:
         return ServerAddress(self.server, self.row.host, self.row.port, self.row.rack, self.shown_state)
 
 
 class OpenChunk(msgspec.Struct, eq=False):
-    """A chunk being written: what is still reserved for it on each of ``servers`` is its capacity less ``length``."""
+    """A chunk being written: what is still reserved for it on each of ``servers`` is ``limit`` less ``length``."""
 
     owner: int
     servers: tuple[int, ...]
     length: int
+    limit: int
+
+    @property
+    def reserved(self) -> int:
+        return max(0, self.limit - self.length)
 
 
 class Members:
     """All servers and the chunks being written on them.
 
-    Invariant: a member's ``reserved`` is the sum over the open chunks on it of ``CHUNK_CAPACITY - length``.
+    Invariant: a member's ``reserved`` is the sum of ``OpenChunk.reserved`` over the open chunks on it.
     """
 
     def __init__(self, heartbeat_seconds: float, lost_after_seconds: float, random: Random) -> None:
         self.by_id: dict[int, Member] = {}
         self.open_chunks: dict[int, OpenChunk] = {}
         self.owned: dict[int, set[int]] = {}
+        # When a writer was last told that there is no space.
+        self.refused_at = -math.inf
         self._down_after = MISSED * heartbeat_seconds
         self._lost_after = max(lost_after_seconds, self._down_after)
         self._random = random
@@ -155,7 +177,7 @@ class Members:
     def heartbeat(self, member: Member, told: Heartbeat, now: float) -> bool:
         """Notes what a heartbeat says about the server itself; whether its changes and results are new."""
         member.heard = now
-        member.capacity, member.free, member.chunks = told.capacity, told.free, told.chunks
+        member.capacity, member.free, member.spare, member.chunks = told.capacity, told.free, told.spare, told.chunks
         member.stored, member.disk_state = told.stored, told.disk_state
         member.read_bytes, member.written_bytes = told.read_bytes, told.written_bytes
         if member.listed and member.state is not ServerState.UP:
@@ -192,27 +214,46 @@ class Members:
         return tuple(self.by_id[server].address() for server in servers if server in self.by_id)
 
     def candidates(self) -> list[Candidate]:
+        """Servers that take new data."""
+        rooms = self._rooms()
         return [
-            member.candidate()
+            member.candidate(rooms[member.device])
             for member in self.by_id.values()
-            if member.shown_state is ServerState.UP and member.disk_state in _USABLE
+            if member.works and member.disk_state in _USABLE
         ]
 
     def place_new(
-        self, copies: int, least: int, host: str, avoid: Iterable[int], never: Iterable[int] = ()
+        self,
+        copies: int,
+        least: int,
+        host: str,
+        avoid: Iterable[int],
+        never: Iterable[int] = (),
+        needed: int = 0,
     ) -> list[int]:
-        """Servers for a new chunk; ``avoid`` and ``never`` as in ``protocol.Allocate``. NO_SPACE if they are too full,
-        UNAVAILABLE if too few are up."""
-        candidates, mute, shunned = self.candidates(), frozenset(never), frozenset(avoid)
+        """Servers for a new chunk that takes at least ``needed`` bytes (0: a whole one); ``avoid`` and ``never`` as in
+        ``protocol.Allocate``. UNAVAILABLE if too few are up; NO_SPACE if too many are full: fewer copies are for when
+        servers are away or do not answer, not for when they are full."""
+        mute, shunned = frozenset(never), frozenset(avoid)
+        working = [member.server for member in self.by_id.values() if member.works]
+        if len(working) < least:
+            raise DfsError(ErrorCode.UNAVAILABLE, f"{len(working)} chunkservers are up, {least} are needed")
+        candidates, size = self.candidates(), space.footprint(needed) if needed else CHUNK_CAPACITY
         others = [candidate for candidate in candidates if candidate.server not in mute]
-        chosen = choose(others, copies, self._random, writer_host=host, avoid=shunned)
+        chosen = choose(others, copies, self._random, writer_host=host, avoid=shunned, needed=size)
         if len(chosen) < least and mute:
-            chosen = choose(candidates, copies, self._random, writer_host=host, avoid=shunned | mute)
-        if len(chosen) < least:
-            if len(candidates) < least:
-                raise DfsError(ErrorCode.UNAVAILABLE, f"{len(candidates)} chunkservers are up, {least} are needed")
+            chosen = choose(candidates, copies, self._random, writer_host=host, avoid=shunned | mute, needed=size)
+        answering = sum(server not in mute for server in working)
+        if len(chosen) < max(least, min(copies, answering)):
             raise DfsError(ErrorCode.NO_SPACE, "no chunkserver has room for another chunk")
         return chosen
+
+    def limit(self, servers: Iterable[int], needed: int) -> int:
+        """How many bytes a new chunk on these may take, at least ``needed`` (0: a whole chunk's)."""
+        rooms = self._rooms()
+        devices = [self.by_id[server].device for server in servers if server in self.by_id]
+        room = min((rooms[device] // devices.count(device) for device in devices), default=0)
+        return space.chunk_limit(room, needed)
 
     def place_copy(
         self, beside: Iterable[int], needed: int, avoid: Collection[int] = (), without: Collection[int] = ()
@@ -221,40 +262,74 @@ class Members:
         ``without`` never."""
         others = [self.by_id[server].candidate() for server in beside if server in self.by_id]
         candidates = [one for one in self.candidates() if one.server not in without]
-        chosen = choose(candidates, 1, self._random, beside=others, needed=max(1, needed), avoid=avoid)
+        chosen = choose(candidates, 1, self._random, beside=others, needed=space.footprint(needed), avoid=avoid)
         return chosen[0] if chosen else 0
 
-    def space(self, copies: int) -> tuple[int, int]:
-        """Total and free bytes that can be stored at so many copies; a filesystem that servers share counts once."""
+    # -- space ---------------------------------------------------------------------------------------------------
+
+    def _rooms(self) -> dict[str, int]:
+        """Bytes free and not reserved on each filesystem; servers that are down told it some time ago, if."""
         devices: dict[str, list[Member]] = {}
         for member in self.by_id.values():
+            devices.setdefault(member.device, []).append(member)
+        return {device: _shared_room(sharing) for device, sharing in devices.items()}
+
+    def space(self, copies: int) -> tuple[int, int]:
+        """Total and free bytes that can be stored at so many copies on different servers: in all that is not LOST, and
+        now, on what takes data. A filesystem that servers share counts once."""
+        rooms = self._rooms()
+        total: dict[str, list[int]] = {}
+        free: dict[str, list[int]] = {}
+        for member in self.by_id.values():
             if member.state is not ServerState.LOST:
-                devices.setdefault(member.row.device or f"server {member.server}", []).append(member)
-        total = sum(max(member.capacity for member in sharing) for sharing in devices.values())
-        free = sum(_shared_room(sharing) for sharing in devices.values())
-        return total // copies, free // copies
+                total.setdefault(member.device, []).append(member.capacity)
+            if member.works:
+                free.setdefault(member.device, []).append(rooms[member.device])
+        return (
+            space.placeable((space.Volume(max(sizes), len(sizes)) for sizes in total.values()), copies),
+            space.placeable((space.Volume(sizes[0], len(sizes)) for sizes in free.values()), copies),
+        )
+
+    def is_short(self, copies: int) -> bool:
+        """Whether what is not needed should be given back at once."""
+        return space.is_short(*self.space(copies))
+
+    def is_pressing(self, server: int, now: float) -> bool:
+        """Whether space on this server stands in a writer's way: it is needed now, not in ten minutes."""
+        if now - self.refused_at < space.PRESSING_SECONDS:
+            return True
+        member = self.by_id.get(server)
+        return member is not None and member.room < space.PRESSING_CHUNKS * CHUNK_CAPACITY
 
     # -- reservations --------------------------------------------------------------------------------------------
 
-    def opened(self, chunk: int, owner: int, servers: Iterable[int], length: int = 0) -> None:
+    def opened(
+        self, chunk: int, owner: int, servers: Iterable[int], length: int = 0, limit: int = CHUNK_CAPACITY
+    ) -> None:
         """A chunk is being written; may be said again with other servers."""
         self.closed(chunk)
-        self.open_chunks[chunk] = OpenChunk(owner, tuple(servers), length)
+        self.open_chunks[chunk] = found = OpenChunk(owner, tuple(servers), length, limit)
         self.owned.setdefault(owner, set()).add(chunk)
-        self._reserve(self.open_chunks[chunk].servers, CHUNK_CAPACITY - length)
+        self._reserve(found.servers, found.reserved)
 
     def progressed(self, chunk: int, length: int) -> None:
         found = self.open_chunks.get(chunk)
         if found is not None and length > found.length:
-            self._reserve(found.servers, found.length - length)
+            before, grown = found.reserved, length - found.length
             found.length = length
+            self._reserve(found.servers, found.reserved - before)
+            for server in found.servers:
+                member = self.by_id.get(server)
+                if member is not None:
+                    # What its last heartbeat said does not count these bytes yet.
+                    member.free = max(0, member.free - grown)
 
     def closed(self, chunk: int) -> tuple[int, ...]:
         """The chunk is no longer written; returns the servers it was written on."""
         found = self.open_chunks.pop(chunk, None)
         if found is None:
             return ()
-        self._reserve(found.servers, found.length - CHUNK_CAPACITY)
+        self._reserve(found.servers, -found.reserved)
         mine = self.owned[found.owner]
         mine.discard(chunk)
         if not mine:

@@ -19,6 +19,7 @@ from metaserver.resume import Resuming
 from metaserver.schema import Server, Table, Total, Transaction, inode_key, totals_key
 from metaserver.service import Client, Service
 from metaserver.sessions import Sessions
+from metaserver.space import LEAST_LIMIT
 from metaserver.status import StatusReader
 from metaserver.tasks import Tasks
 
@@ -45,7 +46,9 @@ class Parts:
         self.members = members = Members(config.heartbeat_seconds, config.lost_after_seconds, random or Random())
         self.repair = repair = Repair(committer, config, members, clock)
         self.tasks = tasks = Tasks(committer, members)
-        self.changes = changes = Changes(committer, config, sessions, members, repair, tasks, steady_ns or now_ns)
+        self.changes = changes = Changes(
+            committer, config, clock, sessions, members, repair, tasks, steady_ns or now_ns
+        )
         tasks.carry_out, tasks.sealed = changes.carry_out, repair.sealed
         self.flushing = flushing = Flushing(sessions)
         self.resuming = resuming = Resuming(
@@ -71,7 +74,8 @@ class Parts:
             self.members.load(int.from_bytes(key, "big"), Server.unpack(value), self.clock.seconds)
         (open_chunks, orphans), _ = self.committer.read(0, _open_chunks_and_orphans)
         for chunk, owner, servers, length in open_chunks:
-            self.members.opened(chunk, owner, servers, length)
+            # Its limit is not known any more; reserving a whole chunk's would leave nothing to others on small disks.
+            self.members.opened(chunk, owner, servers, length, length + LEAST_LIMIT)
         self.sessions.orphans.update(orphans)
         self.resuming.load(self.tasks.load())
 

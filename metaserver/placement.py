@@ -13,12 +13,14 @@ from metaserver.protocol import CHUNK_CAPACITY
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """A server that is UP. ``free`` is in bytes, without what is reserved already."""
+    """A server that is UP. ``free`` is in bytes, without what is reserved already; servers of one ``device`` (if not
+    "") share it."""
 
     server: int
     host: str
     rack: str
     free: int
+    device: str = ""
 
 
 def choose(
@@ -46,8 +48,13 @@ def choose(
         one = random.choices(equals, [candidate.free for candidate in equals])[0] if needed else random.choice(equals)
         chosen.append(one)
         used.append(one)
-        room.remove(one)
+        room = [other for other in room if other is not one and other.free >= needed * (1 + _sharing(other, chosen))]
     return [one.server for one in chosen]
+
+
+def _sharing(one: Candidate, chosen: Sequence[Candidate]) -> int:
+    """How many of ``chosen`` are on the same filesystem."""
+    return sum(bool(one.device) and other.device == one.device for other in chosen)
 
 
 def spread(places: Sequence[Candidate]) -> tuple[int, int]:

@@ -247,10 +247,12 @@ class KeepAlive(Message):
 
 
 class KeptAlive(Message):
-    """``steady_ms`` as in :class:`SessionOpened`."""
+    """``steady_ms`` as in :class:`SessionOpened`. ``short``: there is little space left, what is not needed should be
+    given back soon."""
 
     server_time_ns: int
     steady_ms: int = 0
+    short: bool = False
 
 
 class Sync(Message):
@@ -451,21 +453,24 @@ class Allocate(Message):
     """Asks for a new chunk to write; ``avoid`` are servers that just failed this client, or are slow: only used if
     there are not enough others for all copies. ``never`` are servers that do not answer it: only used if there are
     not even enough others for the fewest copies that data is written with (``min_copies``); repair makes the rest.
-    ``copies``: for files of which so many are wanted; 0: the cluster's default."""
+    ``copies``: for files of which so many are wanted; 0: the cluster's default. ``needed``: a chunk that
+    takes so many bytes is enough; 0: a whole one is wanted."""
 
     host: str
     avoid: tuple[int, ...]
     copies: int = 0
     never: tuple[int, ...] = ()
+    needed: int = 0
 
 
 class Allocated(Message):
-    """An OPEN chunk owned by this session, ``CHUNK_CAPACITY`` reserved for it on each of ``servers``, in the order in
+    """An OPEN chunk owned by this session, ``limit`` bytes reserved for it on each of ``servers``, in the order in
     which appends pass through them. Fewer servers than copies: not enough are up, repair follows."""
 
     chunk: int
     servers: tuple[ServerAddress, ...]
     copies: int
+    limit: int = CHUNK_CAPACITY
 
 
 class ChunkProgress(Message):
@@ -747,7 +752,8 @@ class ScrubStatus(Json):
 
 class Heartbeat(Json):
     """``number`` counts from 1 in each incarnation; ``changes`` and ``results`` since the last acknowledged one.
-    ``stored``: bytes that its replicas take up, headers and indexes included; -1: not known."""
+    ``stored``: bytes that its replicas take up, headers and indexes included; -1: not known. ``free`` and
+    ``spare``: see ``space.py``."""
 
     incarnation: int
     number: int
@@ -762,6 +768,7 @@ class Heartbeat(Json):
     written_bytes: int
     scrub: ScrubStatus | None = None
     stored: int = -1
+    spare: int = 0
 
 
 class HeartbeatReply(Json):

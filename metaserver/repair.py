@@ -38,6 +38,7 @@ from metaserver.schema import (
     read_u64,
     replica_key,
 )
+from metaserver.space import SHORT_GRACE_SECONDS
 
 log = structlog.get_logger(__name__)
 
@@ -336,11 +337,17 @@ class Repair:
 
     def _may_take(self, chunk: int, row: Chunk, step: Step) -> bool:
         now = self._clock.seconds
-        if row.state == ChunkState.DEAD and now - self._dead_since[chunk] < self._config.delete_grace_seconds:
+        if row.state == ChunkState.DEAD and now - self._dead_since[chunk] < self._grace(step.server):
             return False
         if step.source:
             return self.orders.room_for_copy(step.server, step.source, now, move=step.kind is Kind.MOVE)
         return step.kind.order is None or self.orders.room_for(step.server, step.kind.order)
+
+    def _grace(self, server: int) -> float:
+        """How long a DEAD chunk is kept there."""
+        grace = self._config.delete_grace_seconds
+        pressing = self._members.is_pressing(server, self._clock.seconds)
+        return min(grace, SHORT_GRACE_SECONDS) if pressing else grace
 
     # -- finding what nobody told ----------------------------------------------------------------------------------
 

@@ -216,7 +216,10 @@ class Service:
     def _keep_alive(self, client: Client, request: Request[Any]) -> Result:
         session, message = client.known, request.message
         session.dirty_bytes = message.dirty_bytes
-        reply = Reply(protocol.KeptAlive(self.resuming.now_ns(), self.changes.steady_ms), (), 0, self.committer.durable)
+        short = self.members.is_short(self.config.copies)
+        reply = Reply(
+            protocol.KeptAlive(self.resuming.now_ns(), self.changes.steady_ms, short), (), 0, self.committer.durable
+        )
         if not session.row.acknowledged < message.acknowledged < 1 << 63 or session.resuming:
             return reply
         return self._acknowledge(session, message.acknowledged, reply)

@@ -122,11 +122,11 @@ def test_placing_says_what_is_missing() -> None:
     members = members_of(1, 2, free=CHUNK_CAPACITY)
     assert len(members.place_new(2, 1, "", ())) == 2
     members.opened(1, 5, [1])
-    assert members.place_new(2, 1, "", ()) == [2]
-    members.opened(2, 5, [2])
+    # Fewer copies are for when servers are away: a full one is there.
     with pytest.raises(DfsError) as caught:
         members.place_new(2, 1, "", ())
     assert caught.value.code is ErrorCode.NO_SPACE
+    assert members.place_new(1, 1, "", ()) == [2]
     members.age(5.0)
     with pytest.raises(DfsError) as caught:
         members.place_new(2, 1, "", ())
@@ -134,10 +134,14 @@ def test_placing_says_what_is_missing() -> None:
 
 
 def test_a_failed_or_full_disk_and_a_draining_server_take_nothing() -> None:
-    for disk in ("FULL", "FAILED"):
-        members = members_of(1, 2)
-        members.heartbeat(members.by_id[1], heartbeat(members.by_id[1], 2, disk=disk), 0.0)
-        assert members.place_new(2, 1, "", ()) == [2]
+    members = members_of(1, 2, 3)
+    members.heartbeat(members.by_id[1], heartbeat(members.by_id[1], 2, disk="FULL"), 0.0)
+    assert sorted(members.place_new(2, 1, "", ())) == [2, 3]
+    with pytest.raises(DfsError) as caught:
+        members.place_new(3, 1, "", ())
+    assert caught.value.code is ErrorCode.NO_SPACE
+    members.heartbeat(members.by_id[1], heartbeat(members.by_id[1], 3, disk="FAILED"), 0.0)
+    assert sorted(members.place_new(3, 1, "", ())) == [2, 3]
     members = members_of(1, 2)
     members.by_id[1].row.draining = True
     assert members.by_id[1].shown_state is ServerState.DRAINING
@@ -154,7 +158,13 @@ def test_ranks_for_reading() -> None:
 
 steps = st.lists(
     st.one_of(
-        st.tuples(st.just("open"), st.integers(1, 5), st.integers(1, 2), st.sets(st.integers(1, 3), min_size=1)),
+        st.tuples(
+            st.just("open"),
+            st.integers(1, 5),
+            st.integers(1, 2),
+            st.sets(st.integers(1, 3), min_size=1),
+            st.sampled_from([1, 8 << 20, CHUNK_CAPACITY]),
+        ),
         st.tuples(st.just("progress"), st.integers(1, 5), st.integers(0, CHUNK_CAPACITY)),
         st.tuples(st.just("close"), st.integers(1, 5)),
         st.tuples(st.just("register"), st.integers(1, 3)),
@@ -167,7 +177,7 @@ def test_reservations_are_the_sum_over_open_chunks(history: list[tuple]) -> None
     members = members_of(1, 2, 3)
     for step in history:
         if step[0] == "open":
-            members.opened(step[1], step[2], sorted(step[3]))
+            members.opened(step[1], step[2], sorted(step[3]), limit=step[4])
         elif step[0] == "progress":
             members.progressed(step[1], step[2])
         elif step[0] == "close":
@@ -176,7 +186,7 @@ def test_reservations_are_the_sum_over_open_chunks(history: list[tuple]) -> None
             members.register(register(step[1], incarnation=2), 0.0)
         for server, member in members.by_id.items():
             expected = sum(
-                CHUNK_CAPACITY - chunk.length for chunk in members.open_chunks.values() if server in chunk.servers
+                max(0, chunk.limit - chunk.length) for chunk in members.open_chunks.values() if server in chunk.servers
             )
             assert member.reserved == expected
         owned = {chunk for chunks in members.owned.values() for chunk in chunks}
@@ -213,3 +223,53 @@ def test_who_does_not_answer_a_writer_gets_no_chunk_of_it_if_there_are_enough_ot
         # The last resort: it may be the writer's network.
         assert sorted(members.place_new(3, 3, "", avoid=(), never=(1,))) == [1, 2, 3]
         assert len(members.place_new(2, 1, "", avoid=(), never=(1, 2, 3))) == 2
+
+
+def test_two_servers_on_one_disk_need_its_space_twice() -> None:
+    members = members_of(1, 2)
+    for member in members.by_id.values():
+        member.row.device, member.free = "host:1", 100 << 20
+    with pytest.raises(DfsError) as caught:
+        members.place_new(2, 1, "", ())
+    assert caught.value.code is ErrorCode.NO_SPACE
+    servers = members.place_new(2, 1, "", (), needed=4 << 20)
+    assert len(servers) == 2
+    assert members.limit(servers, 4 << 20) == 8 << 20
+    # What is reserved for one is not there for the other.
+    members.opened(1, 5, servers, limit=48 << 20)
+    assert [candidate.free for candidate in members.candidates()] == [4 << 20] * 2
+
+
+def test_space_is_what_can_be_placed_now() -> None:
+    members = members_of(1, 2, 3)
+    members.by_id[1].free = 10 * GIB
+    assert members.space(2)[1] == 2 * GIB
+    members.heartbeat(members.by_id[2], heartbeat(members.by_id[2], 2, free=0, disk="FULL"), 0.0)
+    assert members.space(2) == (3 * GIB, GIB)
+    # A server that is away takes nothing, and one that is full does not become a reason to make fewer copies.
+    members.by_id[3].state = ServerState.DOWN
+    assert members.space(2) == (3 * GIB, 0)
+    assert members.is_short(2)
+    members.by_id[2].state = ServerState.DOWN
+    assert members.space(2)[1] == 10 * GIB
+
+
+def test_what_is_committed_is_no_longer_free_before_the_next_heartbeat_says_so() -> None:
+    members = members_of(1, 2)
+    members.opened(7, 5, [1, 2], limit=40 << 20)
+    room = members.by_id[1].room
+    members.progressed(7, 30 << 20)
+    assert members.by_id[1].room == room
+    members.closed(7)
+    assert members.by_id[1].room == GIB - (30 << 20)
+
+
+def test_space_is_pressing_where_it_is_needed() -> None:
+    members = members_of(1, 2)
+    assert not members.is_pressing(1, 0.0)
+    members.by_id[1].free = CHUNK_CAPACITY
+    assert members.is_pressing(1, 0.0)
+    assert not members.is_pressing(2, 0.0)
+    members.refused_at = 10.0
+    assert members.is_pressing(2, 69.0)
+    assert not members.is_pressing(2, 71.0)

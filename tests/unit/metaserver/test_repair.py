@@ -11,6 +11,7 @@ from metaserver import chunks, protocol
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import ChunkState, OrderKind, OrderResult, ReplicaReport, ReplicaState, ReportPage
 from metaserver.schema import IdKind
+from metaserver.space import LEAST_LIMIT
 
 
 @pytest.fixture
@@ -325,11 +326,11 @@ async def test_a_metaserver_that_restarts_asks_for_everything_again(
     async with running(data, window_seconds=2.0) as metaserver:
         server.control = metaserver.parts.control
         assert metaserver.parts.members.by_id[1].state is protocol.ServerState.DOWN
-        assert metaserver.parts.members.by_id[1].reserved == protocol.CHUNK_CAPACITY
+        assert metaserver.parts.members.by_id[1].reserved == LEAST_LIMIT
         assert (await server.beat()).register_again
         await server.start()
         assert metaserver.parts.members.by_id[1].up
-        assert metaserver.parts.members.by_id[1].reserved == protocol.CHUNK_CAPACITY
+        assert metaserver.parts.members.by_id[1].reserved == LEAST_LIMIT
 
 
 async def test_listings_from_before_a_commit_do_not_give_replicas_up(
