@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from metaserver import chunks, contents, namespace, protocol, sessions, xattrs
+from metaserver import chunks, contents, copies, namespace, protocol, sessions, xattrs
 from metaserver.clock import LivedClock
 from metaserver.commit import Change, Committer
 from metaserver.config import Config
@@ -117,7 +117,7 @@ class Changes:
             frees=message.size is not None,
         )
         self.carry_out(effects)
-        self._tell(session, (message.ino,))
+        self._tell(session.id, (message.ino,))
         return self._applied(change)
 
     def _make(self, session: SessionState, request: Request[Any]) -> Applied:
@@ -142,7 +142,7 @@ class Changes:
                 session.declared.add(ino)
         self.inodes += made.created and not change.repeated
         if made.created:
-            self._tell(session, (message.parent,))
+            self._tell(session.id, (message.parent,))
         return self._applied(change)
 
     def _unlink(self, session: SessionState, request: Request[Any]) -> Applied:
@@ -156,7 +156,7 @@ class Changes:
             frees=True,
         )
         self.carry_out(effects)
-        self._tell(session, (message.parent,))
+        self._tell(session.id, (message.parent,))
         return self._applied(change)
 
     def _rename(self, session: SessionState, request: Request[Any]) -> Applied:
@@ -169,7 +169,7 @@ class Changes:
             lambda tx, now: namespace.rename(tx, now, message, openers, effects),
         )
         self.carry_out(effects)
-        self._tell(session, (message.parent, message.new_parent))
+        self._tell(session.id, (message.parent, message.new_parent))
         return self._applied(change)
 
     def _link(self, session: SessionState, request: Request[Any]) -> Applied:
@@ -177,7 +177,7 @@ class Changes:
         change = self._change(
             session, request, protocol.LINK.decode_reply, lambda tx, now: namespace.link(tx, now, message)
         )
-        self._tell(session, (message.ino, message.new_parent))
+        self._tell(session.id, (message.ino, message.new_parent))
         return self._applied(change)
 
     def _set_xattr(self, session: SessionState, request: Request[Any]) -> Applied:
@@ -188,7 +188,7 @@ class Changes:
             return Empty()
 
         change = self._change(session, request, protocol.SET_XATTR.decode_reply, put)
-        self._tell(session, (message.ino,))
+        self._tell(session.id, (message.ino,))
         return self._applied(change)
 
     def _remove_xattr(self, session: SessionState, request: Request[Any]) -> Applied:
@@ -199,20 +199,23 @@ class Changes:
             return Empty()
 
         change = self._change(session, request, protocol.REMOVE_XATTR.decode_reply, remove)
-        self._tell(session, (message.ino,))
+        self._tell(session.id, (message.ino,))
         return self._applied(change)
 
     # -- chunks --------------------------------------------------------------------------------------------------
 
     def _allocate(self, session: SessionState, request: Request[Any]) -> Applied:
         """The servers follow the chunk in the answer's ids, so that a replay finds the replicas where they are."""
-        message, replay, copies = request.message, request.replay, self._config.copies
+        message, replay = request.message, request.replay
+        wanted = message.copies or self._config.copies
+        if not 0 < wanted <= copies.MOST_COPIES:
+            raise DfsError(ErrorCode.INVALID, f"{wanted} copies: 1 to {copies.MOST_COPIES} are possible")
 
         def allocate(tx: Transaction, now_ns: int) -> Allocated:
-            servers = self._servers_for(message, replay)
+            servers = self._servers_for(message, replay, wanted)
             limit = self._members.limit(servers, message.needed)
-            chunk = chunks.allocate(tx, now_ns, session.id, servers, copies)
-            return Allocated(chunk, self._members.addresses(servers), copies, limit)
+            chunk = chunks.allocate(tx, now_ns, session.id, servers, wanted)
+            return Allocated(chunk, self._members.addresses(servers), wanted, limit)
 
         change = self._change(session, request, protocol.ALLOCATE.decode_reply, allocate)
         allocated = change.message
@@ -223,16 +226,15 @@ class Changes:
         reply.ids = (*change.ids, *servers)
         return reply, wait_for
 
-    def _servers_for(self, message: protocol.Allocate, replay: Replay | None) -> list[int]:
+    def _servers_for(self, message: protocol.Allocate, replay: Replay | None, wanted: int) -> list[int]:
         if replay is not None:
             known = [server for server in replay.ids[1:] if server in self._members.by_id]
             found = known or self._repair.reported(replay.ids[0])
             if found:
                 return found
+        least = min(wanted, self._config.min_copies)
         try:
-            return self._members.place_new(
-                self._config.copies, self._config.min_copies, message.host, message.avoid, message.never, message.needed
-            )
+            return self._members.place_new(wanted, least, message.host, message.avoid, message.never, message.needed)
         except DfsError as error:
             if error.code is ErrorCode.NO_SPACE:
                 self._members.refused_at = self._clock.seconds
@@ -245,7 +247,9 @@ class Changes:
         effects = Effects()
 
         def commit(tx: Transaction, now_ns: int) -> protocol.Committed:
-            return contents.commit(tx, now_ns, session.id, message, effects)
+            done = contents.commit(tx, now_ns, session.id, message, effects)
+            copies.raise_chunks(tx, message.files, done.attributes, self._config.copies)
+            return done
 
         try:
             change = self._change(session, request, protocol.COMMIT.decode_reply, commit)
@@ -256,7 +260,7 @@ class Changes:
         self.carry_out(effects)
         for told in message.chunks:
             self._members.progressed(told.chunk, told.length)
-        self._tell(session, [file.ino for file in message.files])
+        self._tell(session.id, [file.ino for file in message.files])
         return self._applied(change)
 
     def _commit_pieces(self, session: SessionState, message: Commit) -> None:
@@ -307,21 +311,22 @@ class Changes:
         """What follows from a change that has succeeded."""
         self._sessions.orphans.update(effects.orphans)
         self.inodes -= effects.removed
-        for chunk in effects.dead:
+        for chunk in (*effects.dead, *effects.chunks):
             self._repair.look_at(chunk)
+        self._tell(0, effects.changed)
         for number, task in effects.tasks:
             self._tasks.add(number, task)
 
-    def _tell(self, session: SessionState, inos: Iterable[int]) -> None:
-        """Lets other sessions that have these inodes open drop what they have cached."""
+    def _tell(self, teller: int, inos: Iterable[int]) -> None:
+        """Lets sessions other than ``teller`` that have these inodes open drop what they have cached."""
         openers = self._sessions.openers
         for ino in inos:
             others = openers.get(ino)
-            if others is None or (len(others) == 1 and session.id in others):
+            if others is None or (len(others) == 1 and teller in others):
                 continue
             for other in others:
                 state = self._sessions.by_id.get(other)
-                if other != session.id and state is not None and state.connection is not None:
+                if other != teller and state is not None and state.connection is not None:
                     state.connection.push(CHANGED, Changed((ino,)))
 
     def _change(

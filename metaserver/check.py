@@ -36,6 +36,7 @@ from metaserver.schema import (
     inode_key,
     listing_key,
     read_u64,
+    server_key,
     session_key,
 )
 
@@ -106,6 +107,8 @@ class _Tasks:
                 yield Problem("TASKS", str(number), f"ends session {task.subject}, which does not exist")
             if task.kind is TaskKind.REMOVE_INODE and not self._tx.get(Table.INODES, inode_key(task.subject)):
                 yield Problem("TASKS", str(number), f"removes inode {task.subject}, which does not exist")
+            if task.kind is TaskKind.REMOVE_SERVER and not self._tx.get(Table.SERVERS, server_key(task.subject)):
+                yield Problem("TASKS", str(number), f"removes server {task.subject}, which does not exist")
 
 
 class _Names:

@@ -30,9 +30,12 @@ Openers = Callable[[int], Collection[int]]
 
 class Effects(msgspec.Struct):
     """What a change brought about besides its rows, for those who must act on it once it has succeeded: DEAD chunks,
-    new orphans, new tasks, and how many inodes are no more."""
+    others that may need something, inodes whose attributes nobody knows who changed them, new orphans, new tasks, and
+    how many inodes are no more."""
 
     dead: list[int] = []
+    chunks: list[int] = []
+    changed: list[int] = []
     orphans: list[int] = []
     tasks: list[tuple[int, Task]] = []
     removed: int = 0
@@ -79,7 +82,16 @@ def make_root(tx: Transaction, now_ns: int) -> None:
 
 
 def new_inode(
-    mode: int, uid: int, gid: int, now_ns: int, *, nlink: int = 1, parent: int = 0, rdev: int = 0, size: int = 0
+    mode: int,
+    uid: int,
+    gid: int,
+    now_ns: int,
+    *,
+    nlink: int = 1,
+    parent: int = 0,
+    rdev: int = 0,
+    size: int = 0,
+    copies: int = 0,
 ) -> Inode:
     return Inode(
         mode=mode,
@@ -99,12 +111,15 @@ def new_inode(
         data_version=0,
         parent=parent,
         next_cookie=1 if parent else 0,
-        storage_class=0,
+        storage_class=copies,
     )
 
 
 def add_task(tx: Transaction, kind: TaskKind, subject: int, effects: Effects, position: int = 0) -> None:
-    task = Task(kind, subject, position)
+    start_task(tx, Task(kind, subject, position), effects)
+
+
+def start_task(tx: Transaction, task: Task, effects: Effects) -> None:
     number = tx.allocate(IdKind.TASK)
     tx.put(Table.TASKS, key_u64(number), task.pack())
     effects.tasks.append((number, task))

@@ -145,12 +145,19 @@ class Members:
             raise DfsError(ErrorCode.WRONG_CLUSTER, f"this is cluster {cluster_id}, the disk is of {told.cluster_id}")
         if not 0 < told.server < 1 << 32 or not 0 < told.port < 1 << 16 or not told.host:
             raise DfsError(ErrorCode.INVALID, "a server needs a number from 1 on, a host and a port")
+        self._check_name(told)
         other = self.by_id.get(told.server)
         if other is None or not other.up or other.incarnation == told.incarnation:
             return
         if (other.row.host, other.row.data_path) != (told.host, told.data_path):
             where = f"{other.row.host}:{other.row.data_path}"
             raise DfsError(ErrorCode.BUSY, f"server {told.server} is running already, with {where}")
+
+    def _check_name(self, told: Register) -> None:
+        for other in self.by_id.values():
+            if other.up and other.server != told.server and other.row.name == told.name:
+                where = f"server {other.server}, {other.row.host}:{other.row.data_path}"
+                raise DfsError(ErrorCode.BUSY, f"the name {told.name} is taken ({where}): give this server another")
 
     def register(self, told: Register, now: float) -> Server:
         """Takes a (re)started server in; it is UP when its listing is complete and a heartbeat has come."""
@@ -166,8 +173,33 @@ class Members:
             # Until it has reported it is not known what it still has.
             if member.state is ServerState.UP:
                 self._move(member, ServerState.DOWN)
+        else:
+            # The chunks being written may outlive a server that was removed, and comes back.
+            open_there = (chunk for chunk in self.open_chunks.values() if told.server in chunk.servers)
+            member.reserved = sum(CHUNK_CAPACITY - chunk.length for chunk in open_there)
         self.by_id[told.server] = member
         return row
+
+    def remove(self, server: int) -> None:
+        """The server is no member any more."""
+        self.by_id.pop(server, None)
+
+    def find(self, text: str) -> Member:
+        """By number, or by a name that only one has; raises NOT_FOUND, or INVALID if several have it."""
+        named = [member for member in self.by_id.values() if member.row.name == text]
+        if len(named) > 1:
+            numbers = ", ".join(f"{member.server} ({member.shown_state.name})" for member in named)
+            raise DfsError(ErrorCode.INVALID, f"several servers are named {text}, give the number of one: {numbers}")
+        if named:
+            return named[0]
+        if text.isdecimal() and int(text) in self.by_id:
+            return self.by_id[int(text)]
+        raise DfsError(ErrorCode.NOT_FOUND, f"no server has the name or number {text}")
+
+    def set_draining(self, server: int, *, draining: bool) -> None:
+        """As its row says, which is a new one."""
+        member = self.by_id[server]
+        member.row = msgspec.structs.replace(member.row, draining=draining)
 
     def require(self, server: int, incarnation: int) -> Member | None:
         """The member in this life of its process; None: it must register (again)."""

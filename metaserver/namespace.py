@@ -115,11 +115,12 @@ def _new(tx: Transaction, now_ns: int, message: Make, directory: Inode) -> Inode
     if directory.mode & stat.S_ISGID:
         gid = directory.gid
         mode |= stat.S_ISGID if kind == stat.S_IFDIR else 0
+    copies = directory.storage_class
     if kind != stat.S_IFDIR:
-        return new_inode(mode, message.uid, gid, now_ns, rdev=rdev, size=len(message.target))
+        return new_inode(mode, message.uid, gid, now_ns, rdev=rdev, size=len(message.target), copies=copies)
     _check_links(directory)
     directory.nlink += 1
-    return new_inode(mode, message.uid, gid, now_ns, nlink=2, parent=message.parent)
+    return new_inode(mode, message.uid, gid, now_ns, nlink=2, parent=message.parent, copies=copies)
 
 
 def unlink(tx: Transaction, now_ns: int, message: Unlink, openers: Openers, effects: Effects) -> Unlinked:

@@ -45,11 +45,11 @@ class Parts:
         committer.on_failure = lambda: sessions.cut_off("the metaserver cannot go on")
         self.members = members = Members(config.heartbeat_seconds, config.lost_after_seconds, random or Random())
         self.repair = repair = Repair(committer, config, members, clock)
-        self.tasks = tasks = Tasks(committer, members)
+        self.tasks = tasks = Tasks(committer, config, members)
         self.changes = changes = Changes(
             committer, config, clock, sessions, members, repair, tasks, steady_ns or now_ns
         )
-        tasks.carry_out, tasks.sealed = changes.carry_out, repair.sealed
+        tasks.carry_out, tasks.sealed, tasks.removed = changes.carry_out, repair.sealed, members.remove
         self.flushing = flushing = Flushing(sessions)
         self.resuming = resuming = Resuming(
             committer, config, cluster_id, sessions, changes, flushing, tasks, clock, now_ns

@@ -439,7 +439,7 @@ class StatFs(Message):
 
 
 class FsStats(Message):
-    """``total`` and ``free`` are bytes that can be stored at the configured number of copies."""
+    """``total`` and ``free`` are bytes that can be stored with as many copies as ``StatFs.ino`` is to have."""
 
     total: int
     free: int

@@ -42,8 +42,8 @@ SESSIONS   session u64                    :class:`Session`, msgpack.
 ANSWERS    session u64, operation u64     :class:`StoredAnswer`, msgpack: the answer to a change until it is
                                           acknowledged; operation > the session's ``acknowledged``; the session exists.
 ORPHANS    ino u64, session u64           empty: this session has it open although it has no name left.
-TASKS      task u64                       :class:`Task`, msgpack: work that continues in steps. The inode to remove, or
-                                          the session to end, exists.
+TASKS      task u64                       :class:`Task`, msgpack: work that continues in steps. The inode or server to
+                                          remove, or the session to end, exists.
 COUNTERS   name                           u64 unless said otherwise. ``limit/KIND``: end of the durable id range (every
                                           id in use is below it). ``epoch``, ``number``, ``time_ns``: the newest change
                                           this store contains. ``boot``: :class:`Boot`, how that epoch began and
@@ -456,11 +456,15 @@ class TaskKind(IntEnum):
     TRUNCATE = 2
     EVICT_SESSION = 3
     REMOVE_SERVER = 4
+    SET_COPIES = 5
 
 
 class Task(PackedMessage):
-    """``subject`` is an inode, session or server by kind; ``position`` where to go on."""
+    """``subject`` is an inode, session or server by kind; ``position`` where to go on. SET_COPIES: ``value`` is the
+    number of copies (0: the default), ``stack`` what is still to be walked (``copies.py``)."""
 
     kind: TaskKind
     subject: int
     position: int = 0
+    value: int = 0
+    stack: list[tuple[int, int]] = []

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import structlog
 import trio
 
-from metaserver import chunks, contents, directories, namespace, protocol, sessions, xattrs
+from metaserver import chunks, contents, directories, inodes, namespace, protocol, sessions, xattrs
 from metaserver.changes import Applied, Changes
 from metaserver.clock import LivedClock
 from metaserver.commit import Committer
@@ -327,7 +327,10 @@ class Service:
         return self._read(client, lambda tx: contents.get_extents(tx, message, rank))
 
     def _stat_fs(self, client: Client, request: Request[Any]) -> Result:
-        total, free = self.members.space(self.config.copies)
+        ino = request.message.ino
+        inode, _ = self.committer.read(client.session_id, lambda tx: inodes.find(tx, ino))
+        wanted = 0 if inode is None else inode.storage_class
+        total, free = self.members.space(wanted or self.config.copies)
         return Reply(protocol.FsStats(total, free, self.changes.inodes), (), 0, self.committer.durable)
 
     # -- changes -------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Work that continues in steps (TASKS rows): large removals and truncates, and the end of a session.
+"""Work that continues in steps (TASKS rows): large removals and truncates, the end of a session or a server, and
+another number of copies for a tree.
 
 Each step is one change, so that it survives a crash where it is; between steps others have their turn.
 """
@@ -8,13 +9,13 @@ from collections.abc import Callable, Iterable
 import structlog
 import trio
 
-from metaserver import contents, inodes, sessions
+from metaserver import contents, copies, inodes, removal, sessions
 from metaserver.commit import Committer
+from metaserver.config import Config
 from metaserver.errors import DfsError
 from metaserver.inodes import Effects
 from metaserver.members import Members
 from metaserver.schema import Inode, Table, Task, TaskKind, Transaction, inode_key, key_u64, read_u64
-from metaserver.sessions import EvictionStep
 
 log = structlog.get_logger(__name__)
 
@@ -25,16 +26,19 @@ class Tasks:
     """The tasks under way. ``carry_out`` (effects) and ``sealed`` (chunk, servers) take what steps bring about.
 
     Invariant: ``_pending`` has every TASKS row; an inode is in ``_truncating`` while a TRUNCATE of it is pending.
+    SET_COPIES tasks go one after another: of two for the same file the later one is to have the last word.
     """
 
-    def __init__(self, committer: Committer, members: Members) -> None:
+    def __init__(self, committer: Committer, config: Config, members: Members) -> None:
         self._committer = committer
+        self._config = config
         self._members = members
         self._pending: dict[int, Task] = {}
         self._truncating: dict[int, int] = {}
         self._added = trio.Event()
         self.carry_out: Callable[[Effects], None]
         self.sealed: Callable[[int, tuple[int, ...]], None]
+        self.removed: Callable[[int], None]
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -51,6 +55,13 @@ class Tasks:
         if task.kind is TaskKind.TRUNCATE:
             self._truncating[task.subject] = number
         self._added.set()
+
+    def removing(self, server: int) -> bool:
+        """Whether this server is being removed."""
+        return any(task.kind is TaskKind.REMOVE_SERVER and task.subject == server for task in self._pending.values())
+
+    def count(self, kind: TaskKind) -> int:
+        return sum(task.kind is kind for task in self._pending.values())
 
     def truncating(self, inos: Iterable[int]) -> list[int]:
         """Which of these files still lose a tail that must not come into sight again: they cannot grow now."""
@@ -71,7 +82,7 @@ class Tasks:
     async def run(self) -> None:
         """Goes on with everything until cancelled."""
         while True:
-            for number in list(self._pending):
+            for number in self._turns():
                 try:
                     self.step(number)
                 except DfsError as error:
@@ -83,38 +94,57 @@ class Tasks:
                 self._added = trio.Event()
                 await self._added.wait()
 
+    def _turns(self) -> list[int]:
+        """The tasks that may take a step now."""
+        setting = [number for number, task in self._pending.items() if task.kind is TaskKind.SET_COPIES]
+        waiting = set(setting) - {min(setting, default=0)}
+        return [number for number in self._pending if number not in waiting]
+
     def step(self, number: int) -> None:
         """One step of one task; it is forgotten when it is finished."""
         task = self._pending.get(number)
         if task is None:
             return
         effects = Effects()
-        eviction = EvictionStep([], False)
+        sealed: list[int] = []
 
-        def work(tx: Transaction, now_ns: int) -> bool:
-            nonlocal eviction
-            if task.kind is TaskKind.EVICT_SESSION:
-                owned = self._members.owned.get(task.subject, ())
-                eviction = sessions.evict_step(tx, task.subject, sorted(owned), effects)
-                done = eviction.done
-            else:
-                done = _inode_step(tx, task, effects)
-            if done:
+        def work(tx: Transaction, now_ns: int) -> Task | None:
+            sealed.clear()
+            going_on = self._work(tx, task, effects, sealed)
+            if going_on is None:
                 tx.delete(Table.TASKS, key_u64(number))
-            return done
+            elif going_on != task:
+                tx.put(Table.TASKS, key_u64(number), going_on.pack())
+            return going_on
 
-        done = self._committer.change(0, 0, work, frees=True).message
-        for chunk in eviction.sealed:
+        going_on = self._committer.change(0, 0, work, frees=True).message
+        for chunk in sealed:
             self.sealed(chunk, self._members.closed(chunk))
         self.carry_out(effects)
-        if done:
-            del self._pending[number]
-            if task.kind is TaskKind.TRUNCATE and self._truncating.get(task.subject) == number:
-                del self._truncating[task.subject]
+        if going_on is not None:
+            self._pending[number] = going_on
+            return
+        del self._pending[number]
+        if task.kind is TaskKind.TRUNCATE and self._truncating.get(task.subject) == number:
+            del self._truncating[task.subject]
+        if task.kind is TaskKind.REMOVE_SERVER:
+            self.removed(task.subject)
 
-
-def _inode_step(tx: Transaction, task: Task, effects: Effects) -> bool:
-    if task.kind is TaskKind.TRUNCATE:
-        return contents.truncate_step(tx, task.subject, task.position, effects)
-    row = tx.get(Table.INODES, inode_key(task.subject))
-    return row is None or inodes.remove_step(tx, task.subject, Inode.unpack(row), effects)
+    def _work(self, tx: Transaction, task: Task, effects: Effects, sealed: list[int]) -> Task | None:
+        """The task as it goes on, or None if that was its last step."""
+        match task.kind:
+            case TaskKind.EVICT_SESSION:
+                owned = self._members.owned.get(task.subject, ())
+                step = sessions.evict_step(tx, task.subject, sorted(owned), effects)
+                sealed += step.sealed
+                done = step.done
+            case TaskKind.SET_COPIES:
+                return copies.set_copies_step(tx, task, self._config.copies, effects)
+            case TaskKind.REMOVE_SERVER:
+                done = removal.remove_step(tx, task.subject, effects)
+            case TaskKind.TRUNCATE:
+                done = contents.truncate_step(tx, task.subject, task.position, effects)
+            case TaskKind.REMOVE_INODE:
+                row = tx.get(Table.INODES, inode_key(task.subject))
+                done = row is None or inodes.remove_step(tx, task.subject, Inode.unpack(row), effects)
+        return None if done else task

@@ -37,7 +37,7 @@ ROWS: dict[str, PackedRow | Listed | PackedMessage] = {
     "rows_server.bin": Server("disk1", "host", 7000, 7001, "rack", ["ssd"], "/data", 1 << 40, True, "host:2049"),
     "rows_session.bin": Session("host", "/mnt", 123, 1, False, 10**18, 9),
     "rows_answer.bin": StoredAnswer(b"\x95", 111, "withdrawn"),
-    "rows_task.bin": Task(TaskKind.TRUNCATE, 77, 4096),
+    "rows_task.bin": Task(TaskKind.SET_COPIES, 77, 4096, 3, [(77, 5), (1 << 40, 0)]),
 }
 
 KEYS = {
@@ -64,6 +64,10 @@ def test_rows_are_as_they_always_were(name: str) -> None:
     row = ROWS[name]
     assert row.pack() == golden(name)
     assert type(row).unpack(golden(name)) == row
+
+
+def test_tasks_of_the_first_version_are_understood() -> None:
+    assert Task.unpack(bytes.fromhex("9302 4d cd1000")) == Task(TaskKind.TRUNCATE, 77, 4096)
 
 
 def test_every_kind_of_row_has_its_golden_bytes() -> None:
