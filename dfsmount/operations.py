@@ -10,6 +10,7 @@ are not atomic against other mounts.
 
 import errno
 import functools
+import stat
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -31,6 +32,7 @@ log = structlog.get_logger(__name__)
 # What df calls a block. Inodes are 64-bit and never run out; programs want to see some free ones.
 STATFS_BLOCK_BYTES = 4096
 FREE_INODES = 1 << 40
+ACCESS_ACL = b"system.posix_acl_access"
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -87,7 +89,8 @@ class Operations(pyfuse3.Operations):
 
     supports_dot_lookup = False
     enable_writeback_cache = False
-    enable_acl = False
+    # Then the kernel checks permissions by ACLs; to keep them in step with modes is the metaserver's part.
+    enable_acl = True
 
     def __init__(self, vfs: Vfs, waiting: Waiting) -> None:
         super().__init__()
@@ -252,7 +255,17 @@ class Operations(pyfuse3.Operations):
 
     @_bounded(Kind.NAMES)
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        await self._vfs.set_xattr(self._inside(inode), name, value)
+        ino = self._inside(inode)
+        await self._vfs.set_xattr(ino, name, value)
+        if name == ACCESS_ACL and ctx.uid != 0:
+            await self._drop_setgid(ino, ctx)
+
+    async def _drop_setgid(self, ino: int, ctx: RequestContext) -> None:
+        """An access ACL set by somebody who is not of the file's group takes its S_ISGID away, as chmod(2) would
+        (posix_acl_update_mode)."""
+        shown = await self._vfs.get_attributes(ino)
+        if shown.mode & stat.S_ISGID and shown.gid not in {ctx.gid, *pyfuse3.get_sup_groups(ctx.pid)}:
+            await self._vfs.set_attributes(SetAttributes(ino, mode=shown.mode & ~stat.S_ISGID))
 
     @_bounded(Kind.NAMES)
     async def listxattr(self, inode: int, ctx: RequestContext) -> Any:

@@ -19,7 +19,6 @@ from metaserver.protocol import FsStats, InodeFlags, Opened, SetAttributes
 log = structlog.get_logger(__name__)
 
 STATS_SECONDS = 1.0
-# POSIX ACLs come later; until then "not supported" makes cp and ls go on without.
 _ACL_PREFIX = b"system.posix_acl_"
 
 
@@ -74,23 +73,29 @@ class Vfs:
         """Whether ``name`` is known to be missing (the kernel asks for security.capability before each write)."""
         inode = self.core.inodes.believed(ino)
         has_none = inode is not None and not inode.attributes.flags & InodeFlags.HAS_XATTRS
-        return has_none and not name.startswith(_ACL_PREFIX) and name != FLUSH_XATTR
+        return has_none and name != FLUSH_XATTR
 
     async def get_xattr(self, ino: int, name: bytes) -> bytes:
-        _refuse_acl(name)
         if name == FLUSH_XATTR and ino == self.root:
             await self.write_everything()
             return b"done"
         inode = await self.core.attributes(ino)
         if not inode.attributes.flags & InodeFlags.HAS_XATTRS:
             raise DfsError(ErrorCode.NO_ATTRIBUTE)
+        await self._settle(ino, name)
         return await self.core.remote.get_xattr(ino, name)
 
     async def set_xattr(self, ino: int, name: bytes, value: bytes) -> None:
         """Whether the name must or must not exist was checked by pyfuse3, not in one step with the change."""
-        _refuse_acl(name)
+        await self._settle(ino, name)
         await self.core.remote.set_xattr(ino, name, value)
         self.core.inodes.doubt(ino)
+
+    async def _settle(self, ino: int, name: bytes) -> None:
+        """Mode and access ACL depend on each other: a chmod that was answered comes first."""
+        file = self.core.files.get(ino) if name.startswith(_ACL_PREFIX) else None
+        if file is not None:
+            await self.core.deferred.settle(file)
 
     async def list_xattrs(self, ino: int) -> tuple[bytes, ...]:
         inode = await self.core.attributes(ino)
@@ -99,7 +104,7 @@ class Vfs:
         return await self.core.remote.list_xattrs(ino)
 
     async def remove_xattr(self, ino: int, name: bytes) -> None:
-        _refuse_acl(name)
+        await self._settle(ino, name)
         await self.core.remote.remove_xattr(ino, name)
         self.core.inodes.doubt(ino)
 
@@ -195,8 +200,3 @@ class Vfs:
             log.warning("an open file could not be registered again", inode=file.ino, error=str(error))
         else:
             self.core.learn(entry, asked_at)
-
-
-def _refuse_acl(name: bytes) -> None:
-    if name.startswith(_ACL_PREFIX):
-        raise DfsError(ErrorCode.NOT_SUPPORTED)

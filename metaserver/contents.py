@@ -9,7 +9,7 @@ make the order known). A generation from the future is INVALID.
 
 import stat
 
-from metaserver import chunks, extents
+from metaserver import chunks, extents, xattrs
 from metaserver.chunks import Rank
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.extents import Budget, Live
@@ -84,6 +84,7 @@ def set_attributes(tx: Transaction, now_ns: int, message: SetAttributes, effects
         _resize(tx, now_ns, message.ino, inode, message.size, effects)
     if message.mode is not None:
         inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(message.mode)
+        xattrs.follow_mode(tx, message.ino, inode)
     if message.uid is not None:
         inode.uid = _owner(message.uid)
     if message.gid is not None:

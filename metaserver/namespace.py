@@ -7,6 +7,7 @@ Errors come in the order in which Linux finds them (fs/namei.c). Permissions are
 import stat
 from collections.abc import Collection
 
+from metaserver import xattrs
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.inodes import Effects, Openers, drop_name, new_inode, require, require_directory, save
 from metaserver.protocol import (
@@ -84,6 +85,7 @@ def make(tx: Transaction, now_ns: int, message: Make) -> tuple[int, Inode, bool]
     ino = tx.allocate(IdKind.INODE)
     if message.target:
         tx.put(Table.SYMLINKS, inode_key(ino), message.target)
+    xattrs.inherit(tx, parent, directory, ino, inode)
     save(tx, ino, inode)
     _add_entry(tx, parent, directory, name, ino, inode.mode >> 12)
     _touch(tx, parent, directory, now_ns)

@@ -187,7 +187,7 @@ def test_a_large_directory(place: Path) -> None:
 
 def test_what_is_not_supported_says_so(place: Path) -> None:
     (place / "f").write_text("x")
-    fails(errno.EOPNOTSUPP, os.setxattr, place / "f", "system.posix_acl_access", b"\2\0\0\0")
+    fails(errno.EOPNOTSUPP, os.setxattr, place / "f", "system.posix_acl_else", b"\2\0\0\0")
     fails(errno.EPERM, os.link, place, place / "hard")
     fails(errno.EINVAL, os.rename, place, place / "inside")
 

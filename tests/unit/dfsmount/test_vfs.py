@@ -10,8 +10,9 @@ import trio
 from vfs_harness import ME, Plant, TestMount, code_of, open_plant
 
 from dfsmount.vfs_core import VfsOptions
+from metaserver.acl import GROUP_OBJ, MASK, OTHER, USER, USER_OBJ, Entry, decode, encode
 from metaserver.errors import DfsError, ErrorCode
-from metaserver.protocol import InodeFlags, RenameFlags
+from metaserver.protocol import InodeFlags, RenameFlags, SetAttributes
 
 RDWR = os.O_RDWR
 
@@ -436,13 +437,20 @@ async def test_xattrs(a: TestMount, b: TestMount) -> None:
     await a.close(handle)
 
 
-async def test_acls_are_not_supported_yet(a: TestMount) -> None:
-    ino, _ = await a.create(b"f")
+async def test_an_acl_and_a_mode_set_before_it_come_in_this_order(a: TestMount, b: TestMount) -> None:
+    ino, handle = await a.create(b"f")
     name = b"system.posix_acl_access"
-    assert not a.vfs.knows_no_xattr(ino, name)
-    await fails(ErrorCode.NOT_SUPPORTED, a.vfs.get_xattr, ino, name)
-    await fails(ErrorCode.NOT_SUPPORTED, a.vfs.set_xattr, ino, name, b"")
-    await fails(ErrorCode.NOT_SUPPORTED, a.vfs.remove_xattr, ino, name)
+    assert a.vfs.knows_no_xattr(ino, name)
+    await a.vfs.set_attributes(SetAttributes(ino, mode=0o604))  # answered before it is sent
+    rights = [Entry(USER_OBJ, 7), Entry(USER, 5, 1234), Entry(GROUP_OBJ, 4), Entry(MASK, 6), Entry(OTHER, 0)]
+    await a.vfs.set_xattr(ino, name, encode(rights))
+    assert stat.S_IMODE((await b.stat(b"f")).mode) == 0o760
+    await a.vfs.set_attributes(SetAttributes(ino, mode=0o610))
+    kept = decode(await a.vfs.get_xattr(ino, name))
+    assert [entry.permissions for entry in kept] == [6, 5, 4, 1, 0]
+    await a.vfs.remove_xattr(ino, name)
+    await fails(ErrorCode.NO_ATTRIBUTE, b.vfs.get_xattr, ino, name)
+    await a.close(handle)
 
 
 # -- part of the tree, and read-only -------------------------------------------------------------------------------
