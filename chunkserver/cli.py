@@ -15,6 +15,7 @@ from chunkserver.serve import StartError, serve_until_signal
 from metaserver import logs
 from metaserver.errors import DfsError
 from metaserver.key import ClusterKey, KeyFileError, load_key
+from metaserver.version import VERSION
 
 # What ends the program with one line; anything else is a mistake in it and shows a traceback.
 EXPECTED = (ConfigError, DataDirectoryError, StartError, KeyFileError, DfsError)
@@ -27,9 +28,18 @@ def fail(text: str) -> typer.Exit:
     return typer.Exit(1)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"chunkserver {VERSION}")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
 def run(
     context: typer.Context,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Shows the version.")
+    ] = False,
     config: Annotated[Path | None, typer.Option(help="TOML file; flags given besides win.")] = None,
     data: Annotated[str | None, typer.Option(help="Data directory, on a disk of its own.")] = None,
     listen: Annotated[str | None, typer.Option(help="HOST:PORT of the data plane.")] = None,

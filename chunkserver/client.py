@@ -19,6 +19,8 @@ from chunkserver.chunkfile import ENTRY_BYTES, Entry, FormatError
 from chunkserver.protocol import (
     Append,
     AppendReply,
+    ListChunks,
+    ListChunksReply,
     Peer,
     Read,
     ReadIndex,
@@ -291,6 +293,12 @@ class Pool:
         self, peer: Peer, chunk: int, index: int, count: int, *, timeout: float = READ_SECONDS
     ) -> ReadIndexReply:
         return (await self.call(peer, protocol.READ_INDEX, ReadIndex(chunk, index, count), timeout=timeout)).message
+
+    async def list_chunks(
+        self, peer: Peer, after: int, count: int, *, timeout: float = VERIFY_SECONDS
+    ) -> ListChunksReply:
+        """Replicas with ids above ``after``; what a restart froze is read back from the disk first."""
+        return (await self.call(peer, protocol.LIST_CHUNKS, ListChunks(after, count), timeout=timeout)).message
 
 
 @asynccontextmanager

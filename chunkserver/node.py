@@ -58,7 +58,7 @@ class Running:
             session=node.identity.server,
             connect=node.connect,
         )
-        self.service = Service(self.store, Forwarder(self.pool))
+        self.service = Service(self.store, Forwarder(self.pool), lambda: node.identity)
         copier = Copier(self.store, self.pool)
         self.orders = Orders(
             self.store,

@@ -156,12 +156,18 @@ class Listed(Message):
 
 
 class ListChunksReply(Message):
-    """``end``: there are no more. ``highest_epoch`` and ``highest_chunk`` are the largest this server has ever seen."""
+    """``end``: there are no more. ``highest_epoch`` and ``highest_chunk`` are the largest this server has ever seen.
+
+    ``server``, ``name`` and ``data_path`` say which server it is: whoever asks may know it by its address only.
+    """
 
     replicas: tuple[Listed, ...]
     end: bool
     highest_epoch: int
     highest_chunk: int
+    server: int = 0
+    name: str = ""
+    data_path: str = ""
 
 
 APPEND = Method(1, "append", Append, AppendReply)

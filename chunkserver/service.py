@@ -5,15 +5,20 @@ keeps appends in order, here and on the way to the next replica.
 """
 
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import trio
 
 from chunkserver import protocol
 from chunkserver.forward import Forwarded, Forwarder
+from chunkserver.identity import Identity
 from chunkserver.protocol import (
     Append,
     AppendReply,
+    ListChunks,
+    ListChunksReply,
+    Listed,
     Pong,
     Read,
     ReadIndex,
@@ -34,13 +39,17 @@ from metaserver.wire import Buffer, Empty
 
 Handler = Callable[[Any, Buffer, int], Result]
 
+# Replicas in one answer: with its envelope about half of wire.BODY_LIMIT.
+PAGE_CHUNKS = 5_000
+
 
 class Service:
     """Dispatches one store's requests. ``in_flight`` counts those under way, for draining."""
 
-    def __init__(self, store: Store, forwarder: Forwarder) -> None:
+    def __init__(self, store: Store, forwarder: Forwarder, identity: Callable[[], Identity]) -> None:
         self._store = store
         self._forwarder = forwarder
+        self._identity = identity
         self.in_flight = 0
         self._draining = False
         self._answered = trio.lowlevel.ParkingLot()
@@ -52,6 +61,7 @@ class Service:
             (protocol.STAT, self._stat),
             (protocol.VERIFY, self._verify),
             (protocol.PING, self._ping),
+            (protocol.LIST_CHUNKS, self._list_chunks),
         ]
         wire.method_table(*(method for method, _ in handlers))
         self._handlers = {method.number: (method, handler) for method, handler in handlers}
@@ -164,3 +174,32 @@ class Service:
 
     def _ping(self, request: Empty, _: Buffer, trace_id: int) -> Reply:
         return Reply(Pong(int(self._store.appends.disk_seconds * 1000)))
+
+    async def _list_chunks(self, request: ListChunks, _: Buffer, trace_id: int) -> Reply:
+        """For rebuilding a metaserver: all there is, given up or not; what a restart froze is read back first."""
+        table = self._store.table
+        count = max(1, min(request.count, PAGE_CHUNKS))
+        replicas = table.page(max(0, request.after), count)
+        for replica in replicas:
+            if not replica.verified:
+                # If it cannot be read, its ``error`` says so.
+                with suppress(DfsError):
+                    await self._store.reads.ensure_verified(replica)
+        identity = self._identity()
+        reply = ListChunksReply(
+            tuple(_listed(replica) for replica in replicas),
+            len(replicas) < count,
+            identity.highest_epoch,
+            max(identity.highest_chunk, table.highest_chunk),
+            identity.server,
+            identity.name,
+            table.disk.root,
+        )
+        return Reply(reply)
+
+
+def _listed(replica: Replica) -> Listed:
+    report = replica.report()
+    return Listed(
+        report.chunk, report.length, report.entries, report.chain, report.sealed, report.error, replica.created_ns
+    )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dfsmount.config import MountPlan, Options, UsageError, parse_options, parse_source
+from metaserver.version import VERSION
 
 USAGE = "usage: dfsmount HOST[:PORT][/SUBDIRECTORY] MOUNTPOINT [-f] [-d] [-o OPTION[,OPTION...]]"
 HELPER_USAGE = "usage: mount.dfs HOST[:PORT][/SUBDIRECTORY] MOUNTPOINT [-sfnvw] [-o OPTION[,OPTION...]]"
@@ -112,9 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print(HELP, end="")
         sys.exit(0)
     if "-V" in words or "--version" in words:
-        from importlib.metadata import version
-
-        print(f"dfsmount {version('dfsmount')}")
+        print(f"dfsmount {VERSION}")
         sys.exit(0)
     try:
         plan = parse_command(words)

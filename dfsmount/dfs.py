@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from dfsmount.dfs_find import Access
 
 app = typer.Typer(
-    help="Start, stop and look into a distributed filesystem.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,6 +29,23 @@ KeyFile = Annotated[
     str, typer.Option("--key-file", metavar="FILE", help="The cluster key for --metaserver (/etc/dfs/cluster.key).")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from metaserver.version import VERSION
+
+        print(f"dfs {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def dfs(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Start, stop and look into a distributed filesystem."""
 
 
 @app.command()

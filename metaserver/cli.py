@@ -1,31 +1,40 @@
-"""The command line: ``metaserver [run] --config FILE`` or flags; ``metaserver recover``, ``check``, ``snapshot``.
+"""The command line: ``metaserver [run] --config FILE`` or flags; ``check``, ``recover``, ``rebuild``, ``snapshot``.
 
-Every failure an operator can meet is one line on standard error and exit code 1.
+Every failure an operator can meet is one line on standard error. Exit code 1: it may go better the next time. 65: the
+data is damaged, and 78: the configuration is wrong; both stay so until somebody does something about it, and the
+systemd unit does not start the server again.
 """
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 import trio
 import typer
+import typer.core
+from rich.console import Console
 
 from metaserver import config as configs
 from metaserver import identity, logs, offline
+from metaserver import rebuild as rebuilding
 from metaserver import recover as recovery
 from metaserver.commit import open_committer
 from metaserver.config import Config, ConfigError
 from metaserver.engine import EngineFailed
 from metaserver.errors import DfsError
-from metaserver.identity import DataDirectoryError
-from metaserver.key import KeyFileError, load_key
+from metaserver.identity import DamagedIdentity, DataDirectoryError
+from metaserver.key import DamagedKey, KeyFileError, load_key
+from metaserver.rebuild import RebuildReport
 from metaserver.replay import CorruptLog
 from metaserver.serve import StartError, serve_until_signal
 from metaserver.start import DirectoryBusy
 from metaserver.store import CorruptStore
+from metaserver.survey import SurveyError
+from metaserver.version import VERSION
 
 # What ends the program with one line; anything else is a mistake in it and shows a traceback.
 EXPECTED = (
@@ -37,14 +46,28 @@ EXPECTED = (
     CorruptStore,
     CorruptLog,
     EngineFailed,
+    SurveyError,
     DfsError,
     OSError,
 )
+# sysexits.h: EX_DATAERR and EX_CONFIG.
+EXIT_DAMAGED, EXIT_CONFIG = 65, 78
+DAMAGED = (CorruptStore, CorruptLog, DamagedIdentity, DamagedKey)
 
 # A snapshot copies and verifies everything: minutes for very many files.
 SNAPSHOT_SECONDS = 3600.0
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+class _RunByDefault(typer.core.TyperGroup):
+    """``metaserver --config FILE`` is ``metaserver run --config FILE``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ("--help", "--version")):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=_RunByDefault, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file; flags given besides win.")]
 Data = Annotated[str | None, typer.Option(help="Data directory.")]
@@ -55,25 +78,25 @@ Copies = Annotated[int | None, typer.Option(help="Copies of every chunk.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.")]
 
 
-def fail(text: str) -> typer.Exit:
-    print(f"metaserver: {text}", file=sys.stderr)
-    return typer.Exit(1)
+def fail(error: BaseException) -> typer.Exit:
+    print(f"metaserver: {_text(error)}", file=sys.stderr)
+    damaged = isinstance(error, DAMAGED) or (isinstance(error, EngineFailed) and error.damaged)
+    return typer.Exit(EXIT_DAMAGED if damaged else EXIT_CONFIG if isinstance(error, ConfigError) else 1)
 
 
-@app.callback(invoke_without_command=True)
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"metaserver {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
 def main_command(
-    context: typer.Context,
-    config: ConfigFile = None,
-    data: Data = None,
-    listen: Listen = None,
-    http: Http = None,
-    key_file: KeyFile = None,
-    copies: Copies = None,
-    log_level: LogLevel = None,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Shows the version.")
+    ] = False,
 ) -> None:
-    """Runs a metaserver until SIGTERM."""
-    if context.invoked_subcommand is None:
-        _run(config, data, listen, http, key_file, copies, log_level)
+    """The metaserver of a cluster. Without a command it runs: see `metaserver run --help`."""
 
 
 @app.command()
@@ -86,34 +109,22 @@ def run(
     copies: Copies = None,
     log_level: LogLevel = None,
 ) -> None:
-    """Runs a metaserver until SIGTERM."""
-    _run(config, data, listen, http, key_file, copies, log_level)
-
-
-def _run(
-    file: Path | None,
-    data: str | None,
-    listen: str | None,
-    http: str | None,
-    key_file: str | None,
-    copies: int | None,
-    log_level: str | None,
-) -> None:
+    """Runs a metaserver until SIGTERM. The default: `metaserver --config FILE` is enough."""
     with _explained():
-        config = configs.load(file) if file is not None else Config()
+        settings = configs.load(config) if config is not None else Config()
         flags: dict[str, object] = {"data": data, "key_file": key_file, "copies": copies}
         if listen is not None:
             flags["listen_host"], flags["listen_port"] = configs.parse_address(listen, "--listen")
         if http is not None:
             flags["http_host"], flags["http_port"] = configs.parse_address(http, "--http")
-        config = configs.with_flags(config, {name: value for name, value in flags.items() if value is not None})
-        config.check()
-        level = log_level if log_level is not None else config.log.level
+        settings = configs.with_flags(settings, {name: value for name, value in flags.items() if value is not None})
+        settings.check()
+        level = log_level if log_level is not None else settings.log.level
         if level not in logs.LEVELS:
             raise ConfigError(f"log level {level!r} is not one of {', '.join(logs.LEVELS)}")
-        logs.configure(level, config.log.json)
-        with _saying_where(config.data):
-            trio.run(serve_until_signal, config)
+        logs.configure(level, settings.log.json)
+        with _saying_where(settings.data):
+            trio.run(serve_until_signal, settings)
 
 
 @app.command()
@@ -145,6 +156,68 @@ def recover(
     for line in report.lines:
         print(line)
     print(f"recovered {report.position} with {report.changes} changes of the log in {report.seconds:.1f} s")
+
+
+@app.command()
+def rebuild(
+    chunkserver: Annotated[
+        list[str], typer.Option(metavar="HOST:PORT", help="A chunkserver; give every one there is.")
+    ],
+    data: Annotated[str | None, typer.Option(help="The new data directory: empty.")] = None,
+    config: ConfigFile = None,
+    key_file: Annotated[str | None, typer.Option(help="The cluster key, as the chunkservers have it.")] = None,
+    copies: Copies = None,
+    uid: Annotated[int, typer.Option(min=0, help="Owner of what is recovered.")] = 0,
+    gid: Annotated[int, typer.Option(min=0, help="Its group.")] = 0,
+    mode: Annotated[str, typer.Option(metavar="OCTAL", help="Its permissions.")] = "0600",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only says what would be found.")] = False,
+) -> None:
+    """The last resort, when store, changelog, snapshots and backups are all lost: makes a new metaserver from what the
+    chunkservers have. Contents come back as /recovered/INODE; names, directories and owners do not. The chunkservers
+    must be running."""
+    with _explained():
+        settings = configs.load(config) if config is not None else Config()
+        flags = {"data": data, "key_file": key_file, "copies": copies}
+        settings = configs.with_flags(settings, {name: value for name, value in flags.items() if value is not None})
+        settings.check()
+        key = load_key(settings.key_path)
+        addresses = [configs.parse_address(address, "--chunkserver") for address in chunkserver]
+        owner = rebuilding.Owner(uid, gid, _octal(mode))
+        with _progress() as progress:
+            if dry_run:
+                with tempfile.TemporaryDirectory(prefix="dfs-rebuild-") as scratch:
+                    report = trio.run(rebuilding.dry_run, Path(scratch), key, addresses, progress)
+            else:
+
+                async def build() -> RebuildReport:
+                    return await rebuilding.rebuild(
+                        settings.data_path, key, addresses, copies=settings.copies, owner=owner, progress=progress
+                    )
+
+                report = trio.run(build)
+    for line in rebuilding.describe(report):
+        print(line)
+
+
+def _octal(text: str) -> int:
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise ConfigError(f"--mode must be octal permissions such as 0600, not {text!r}")
+    return mode
+
+
+@contextmanager
+def _progress() -> Iterator[rebuilding.Progress]:
+    """What is being done, on a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("connecting") as status:
+        yield status.update
 
 
 @app.command()
@@ -194,7 +267,9 @@ def _saying_where(data: str) -> Iterator[None]:
     try:
         yield
     except* (CorruptStore, CorruptLog) as group:
-        raise StartError(f"{_first(group)} --data {data}") from None
+        error = _first(group)
+        error.args = (f"{error} --data {data}",)
+        raise error from None
 
 
 @contextmanager
@@ -203,12 +278,12 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except EXPECTED as error:
-        raise fail(_text(error)) from None
+        raise fail(error) from None
     except BaseExceptionGroup as group:
         found = _only_expected(group)
         if found is None:
             raise
-        raise fail(_text(found)) from None
+        raise fail(found) from None
 
 
 def _text(error: BaseException) -> str:

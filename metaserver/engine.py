@@ -20,7 +20,7 @@ from metaserver.overlay import Rows, row_key
 from metaserver.protocol import LastNumber
 from metaserver.schema import BOOT, Boot, Table
 from metaserver.start import Options, Started, make_reserve, position_rows
-from metaserver.store import MapFull, StoreFull, View
+from metaserver.store import CorruptStore, MapFull, StoreFull, View
 
 log = structlog.get_logger()
 
@@ -29,7 +29,11 @@ RunSync: TypeAlias = Callable[..., Awaitable[Any]]
 
 
 class EngineFailed(Exception):
-    """The disk failed, or a file is damaged: this process must end without another reply."""
+    """The disk failed, or a file is ``damaged``: this process must end without another reply."""
+
+    def __init__(self, text: str, *, damaged: bool = False) -> None:
+        super().__init__(text)
+        self.damaged = damaged
 
 
 def is_cancellation(error: BaseException) -> bool:
@@ -136,7 +140,7 @@ class Engine:
         return self._failed()
 
     def _failed(self) -> EngineFailed:
-        return EngineFailed(str(self._failure))
+        return EngineFailed(str(self._failure), damaged=isinstance(self._failure, CorruptStore))
 
     def _advance(self, number: int) -> None:
         if number > self.durable:

@@ -18,6 +18,10 @@ class DataDirectoryError(Exception):
     """The data directory cannot be used; the text is one line that says why and what to do."""
 
 
+class DamagedIdentity(DataDirectoryError):
+    """Somebody has to restore the file."""
+
+
 class Identity(msgspec.Struct):
     """``role`` is absent in a chunkserver's file, which has another shape anyway."""
 
@@ -52,7 +56,8 @@ def load(path: Path) -> Identity | None:
     except (msgspec.DecodeError, ValueError) as error:
         if b'"server"' in data:
             raise DataDirectoryError(_foreign(path)) from None
-        raise DataDirectoryError(f"{path}/{FILE} is damaged ({error}): restore it from a backup") from None
+        text = f"{path}/{FILE} is damaged ({error}): restore it from a backup, or write it anew with the cluster_id of"
+        raise DamagedIdentity(f"{text} any chunkserver's {FILE}") from None
     if identity.role != ROLE:
         raise DataDirectoryError(_foreign(path))
     if identity.format != FORMAT:
@@ -65,7 +70,12 @@ def _create(path: Path) -> Identity:
     others = sorted(entry.name for entry in path.iterdir() if entry.name not in _HARMLESS)
     if others:
         raise DataDirectoryError(f"{path} is not empty ({others[0]}) and not a metaserver's: choose an empty directory")
-    identity = Identity(FORMAT, str(uuid.uuid4()), ROLE)
+    return create(path, str(uuid.uuid4()))
+
+
+def create(path: Path, cluster_id: str) -> Identity:
+    """Writes the identity durably: from then on the directory is a metaserver's. Raises ``OSError``."""
+    identity = Identity(FORMAT, cluster_id, ROLE)
     temporary = path / (FILE + ".new")
     with temporary.open("wb") as file:
         file.write(msgspec.json.encode(identity) + b"\n")

@@ -22,6 +22,10 @@ class KeyFileError(Exception):
     """The key file is missing, malformed or readable by others; the text says which and what to do."""
 
 
+class DamagedKey(KeyFileError):
+    """It is there, but it is no key: somebody has to copy it again."""
+
+
 class ClusterKey:
     """The secret itself; ``repr`` does not show it."""
 
@@ -45,6 +49,11 @@ class ClusterKey:
         return hmac.compare_digest(proof, self.proof(role, own_nonce, peer_nonce))
 
     @property
+    def text(self) -> str:
+        """What its file contains. For that file only."""
+        return self._secret.hex() + "\n"
+
+    @property
     def http_token(self) -> str:
         """The bearer token of the control plane."""
         return hmac.digest(self._secret, b"dfs http token", hashlib.sha256).hex()
@@ -65,23 +74,28 @@ def load_key(path: Path) -> ClusterKey:
     try:
         return ClusterKey(bytes.fromhex(text.strip().decode("ascii")))
     except ValueError:
-        raise KeyFileError(f"{path} is not a cluster key ({2 * KEY_BYTES} hexadecimal digits): copy it again") from None
+        raise DamagedKey(f"{path} is not a cluster key ({2 * KEY_BYTES} hexadecimal digits): copy it again") from None
 
 
 def load_or_create_key(path: Path) -> ClusterKey:
     """Reads the key, or makes one durably if there is none; only the metaserver's first start does the latter."""
     if not path.exists():
-        temporary = path.with_name(path.name + ".new")
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_bytes(KEY_BYTES).hex() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        save_key(path, ClusterKey(secrets.token_bytes(KEY_BYTES)))
     return load_key(path)
+
+
+def save_key(path: Path, key: ClusterKey) -> None:
+    """Writes a key file durably, for its owner only."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(key.text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -16,7 +16,7 @@ from metaserver.members import Members
 from metaserver.protocol import ROOT_INO
 from metaserver.repair import Repair
 from metaserver.resume import Resuming
-from metaserver.schema import Server, Table, Total, Transaction, inode_key, totals_key
+from metaserver.schema import KEPT_CHUNKS, Server, Table, Total, Transaction, inode_key, read_u64, totals_key
 from metaserver.service import Client, Service
 from metaserver.sessions import Sessions
 from metaserver.space import LEAST_LIMIT
@@ -77,6 +77,8 @@ class Parts:
             # Its limit is not known any more; reserving a whole chunk's would leave nothing to others on small disks.
             self.members.opened(chunk, owner, servers, length, length + LEAST_LIMIT)
         self.sessions.orphans.update(orphans)
+        kept, _ = self.committer.read(0, lambda tx: tx.get(Table.COUNTERS, KEPT_CHUNKS))
+        self.repair.kept_below = 0 if kept is None else read_u64(kept)
         self.resuming.load(self.tasks.load())
 
     def client(self) -> Client:

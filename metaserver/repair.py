@@ -99,6 +99,8 @@ class Repair:
         self._unknown: dict[tuple[int, int], float] = {}
         self._surveys: dict[int, int] = {}
         self._walked = 0
+        # After a rebuild: a server that took no part in it may have the only copy of what is unknown here.
+        self.kept_below = 0
 
     def __len__(self) -> int:
         return len(self.orders)
@@ -390,7 +392,9 @@ class Repair:
             member = self._members.by_id.get(server)
             if now - since < self._config.delete_grace_seconds or member is None or not member.up:
                 continue
-            if chunk >= limit or chunk in self.orders or not self.orders.room_for(server, OrderKind.DELETE):
+            if not self.kept_below <= chunk < limit or chunk in self.orders:
+                continue
+            if not self.orders.room_for(server, OrderKind.DELETE):
                 continue
             del self._unknown[(chunk, server)]
             looked = self._look(chunk)

@@ -48,6 +48,7 @@ COUNTERS   name                           u64 unless said otherwise. ``limit/KIN
                                           id in use is below it). ``epoch``, ``number``, ``time_ns``: the newest change
                                           this store contains. ``boot``: :class:`Boot`, how that epoch began and
                                           ended. ``survived/`` epoch u64: the last number of an older epoch.
+                                          ``kept_chunks``: after a rebuild, unknown chunks below it are not deleted.
                                           Written by the storage engine alone.
 TOTALS     table u8                       row count u64, XOR of row checksums u32: written only by a checkpoint. One
                                           row per table but TOTALS.
@@ -130,6 +131,7 @@ NUMBER = b"number"
 TIME = b"time_ns"
 BOOT = b"boot"
 SURVIVED = b"survived/"
+KEPT_CHUNKS = b"kept_chunks"
 
 # -- keys ----------------------------------------------------------------------------------------------------------
 

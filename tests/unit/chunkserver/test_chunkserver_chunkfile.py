@@ -86,7 +86,9 @@ REQUESTS = {
     "list_chunks": (
         protocol.LIST_CHUNKS,
         protocol.ListChunks(CHUNK, 5000),
-        protocol.ListChunksReply((protocol.Listed(CHUNK + 1, 11, 2, 0xDEADBEEF, True, "IO", -1),), True, 3, CHUNK + 9),
+        protocol.ListChunksReply(
+            (protocol.Listed(CHUNK + 1, 11, 2, 0xDEADBEEF, True, "IO", -1),), True, 3, CHUNK + 9, 33, "a", "/srv/a"
+        ),
     ),
     "ping": (protocol.PING, wire.Empty(), protocol.Pong(250)),
 }

@@ -90,7 +90,7 @@ def test_it_runs_until_told_to_stop_and_explains_what_is_wrong(server: Server, t
     assert "0 problems" in output
     os.truncate(data / "data.mdb", 5000)
     code, _, errors = run("--data", str(data), *ANYWHERE)
-    assert code == 1
+    assert code == 65
     assert one_line(errors).endswith(f"run: metaserver recover --data {data}")
     code, output, _ = run("recover", "--data", str(data))
     assert code == 0
@@ -139,20 +139,21 @@ def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"),
+    ("arguments", "code", "text"),
     [
-        ((), "no data directory"),
-        (("--data", "x", "--listen", "nonsense"), "--listen must be HOST:PORT"),
-        (("--data", "x", "--http", "a:99999"), "--http must be HOST:PORT"),
-        (("--data", "x", "--copies", "0"), "copies"),
-        (("--data", "x", "--log-level", "loud"), "log level 'loud'"),
-        (("--config", "/nonexistent.toml"), "cannot read /nonexistent.toml"),
-        (("check", "--data", "/nonexistent"), "is not a metaserver's data directory"),
+        ((), 78, "no data directory"),
+        (("--data", "x", "--listen", "nonsense"), 78, "--listen must be HOST:PORT"),
+        (("--data", "x", "--http", "a:99999"), 78, "--http must be HOST:PORT"),
+        (("run", "--data", "x", "--copies", "0"), 78, "copies"),
+        (("--data", "x", "--log-level", "loud"), 78, "log level 'loud'"),
+        (("--config", "/nonexistent.toml"), 78, "cannot read /nonexistent.toml"),
+        (("check", "--data", "/nonexistent"), 1, "is not a metaserver's data directory"),
+        (("rebuild", "--data", "x", "--chunkserver", "a:1", "--key-file", "/nonexistent"), 1, "no cluster key at"),
     ],
 )
-def test_wrong_arguments(arguments: tuple[str, ...], text: str) -> None:
+def test_wrong_arguments(arguments: tuple[str, ...], code: int, text: str) -> None:
     done = CliRunner().invoke(cli.app, arguments)
-    assert done.exit_code == 1
+    assert done.exit_code == code
     assert text in one_line(done.stderr)
 
 
