@@ -380,7 +380,7 @@ class ControlClient:
                 raise _http_error(address, response.status_code, response.content)
             try:
                 return msgspec.json.decode(response.content, type=reply)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise DfsError(ErrorCode.PROTOCOL, f"{address} does not answer as a metaserver: {error}") from None
         raise ConnectionLost(f"cannot reach the metaserver ({problem})")
 
@@ -394,5 +394,5 @@ def _http_error(address: str, status: int, body: bytes) -> DfsError:
     try:
         failure = msgspec.json.decode(body, type=_HttpFailure)
         return DfsError(ErrorCode[failure.code], failure.text)
-    except (msgspec.DecodeError, KeyError):
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
         return DfsError(ErrorCode.PROTOCOL, f"{address} answered HTTP status {status}: is it the metaserver's address?")

@@ -95,7 +95,7 @@ class Api:
             raise Problem(self._refused(address, response))
         try:
             return msgspec.json.decode(response.content, type=type_)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             raise Problem(f"{address} does not answer as expected: is it the HTTP port of a dfs server?") from None
 
     def _unreachable(self, address: str, error: httpx.HTTPError) -> str:
@@ -111,7 +111,7 @@ class Api:
     def _refused(self, address: str, response: httpx.Response) -> str:
         try:
             failure = msgspec.json.decode(response.content, type=_Failure)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             return f"{address} answered HTTP status {response.status_code}: is it the port of a dfs server?"
         if failure.code == "BAD_KEY":
             return f"the server at {address} has another cluster key than {self._access.key_file}"

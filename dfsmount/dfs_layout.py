@@ -109,7 +109,7 @@ class Layout:
             raise Problem(f"cannot read {self.cluster_file}: {error.strerror}") from None
         try:
             return msgspec.convert(tomllib.loads(text), Cluster)
-        except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
             raise Problem(f"{self.cluster_file}: {error}") from None
 
     def write_cluster(self, cluster: Cluster) -> None:

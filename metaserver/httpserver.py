@@ -72,7 +72,7 @@ async def read_json(request: Request, type_: type[ReadT]) -> ReadT:
     body = await request.body()
     try:
         return msgspec.json.decode(body, type=type_)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DfsError(ErrorCode.INVALID, f"malformed request: {error}") from None
 
 

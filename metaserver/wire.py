@@ -165,7 +165,7 @@ def decode(decoder: "msgspec.msgpack.Decoder[MessageT]", body: Buffer) -> Messag
     """Decodes a body; anything malformed is a PROTOCOL error, never another exception."""
     try:
         return decoder.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DfsError(ErrorCode.PROTOCOL, f"malformed message: {error}") from None
 
 

@@ -68,3 +68,9 @@ def test_unknown_error_codes_read_as_internal() -> None:
 def test_a_method_number_is_used_once() -> None:
     with pytest.raises(ValueError, match="share the number"):
         wire.method_table(wire.Method(1, "a", Hello, Hello), wire.Method(1, "b", Hello, Hello))
+
+
+@pytest.mark.parametrize("body", [b"\x96\x00\xa1\x80", b"\xa1\xff"])
+def test_text_that_is_none_is_a_protocol_error(body: bytes) -> None:
+    with pytest.raises(DfsError, match="malformed"):
+        wire.decode_hello(body)
