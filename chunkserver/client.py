@@ -25,6 +25,7 @@ from chunkserver.protocol import (
     Read,
     ReadIndex,
     ReadIndexReply,
+    ReadRaw,
     Stat,
     StatReply,
     Sync,
@@ -288,6 +289,12 @@ class Pool:
 
     async def verify(self, peer: Peer, chunk: int, *, timeout: float = VERIFY_SECONDS) -> VerifyReply:
         return (await self.call(peer, protocol.VERIFY, Verify(chunk), timeout=timeout)).message
+
+    async def read_raw(
+        self, peer: Peer, chunk: int, position: int, length: int, *, timeout: float = READ_SECONDS
+    ) -> Buffer:
+        """Bytes of a chunk's file, neither checked nor necessarily all."""
+        return (await self.call(peer, protocol.READ_RAW, ReadRaw(chunk, position, length), timeout=timeout)).payload
 
     async def read_index(
         self, peer: Peer, chunk: int, index: int, count: int, *, timeout: float = READ_SECONDS

@@ -1,8 +1,9 @@
 """Taking a sealed chunk from another chunkserver: everything is checked before the file gets its name."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 from chunkserver import chunkfile
 from chunkserver.chunkfile import ENTRY_BYTES, INDEX_OFFSET, MAX_ENTRIES, PAYLOAD_OFFSET, FormatError, Header
@@ -12,9 +13,14 @@ from chunkserver.index import PAGE_ENTRIES, Index
 from chunkserver.protocol import Peer, Progress
 from chunkserver.recovery import COPYING_SUFFIX
 from chunkserver.replica import Replica, ReplicaState
+from chunkserver.salvage import Salvage
 from chunkserver.store import Store
 from chunkserver.table import FULL_ERRNOS, parent
 from metaserver.errors import DfsError, ErrorCode
+
+Data: TypeAlias = bytes | bytearray | memoryview
+# Blocks of (chunk, index) from a logical offset on, before the end: their bytes, stored and logical lengths.
+Fetch: TypeAlias = Callable[[int, Index, int, Progress], Awaitable[tuple[Data, int, int]]]
 
 # One read from the peer; two such buffers at a time stay far below the memory bound.
 READ_BYTES = 2 << 20
@@ -31,20 +37,40 @@ class Copier:
         self._pool = pool
 
     async def copy(
-        self, source: Peer, chunk: int, length: int, entries: int, chain: int, *, makes_room: bool = False
+        self,
+        source: Peer,
+        chunk: int,
+        length: int,
+        entries: int,
+        chain: int,
+        *,
+        others: Sequence[Peer] = (),
+        replace: bool = False,
+        makes_room: bool = False,
     ) -> Replica:
-        """Brings chunk ``chunk``, sealed at exactly this point, here. A replica that was given up is replaced;
-        nothing happens if it is here already. EXISTS if a different one is, and what reading or writing raise.
-        ``makes_room`` as in :meth:`Table.require_space`.
+        """Brings chunk ``chunk``, sealed at exactly this point, here. A replica that was given up is replaced, with
+        ``replace`` any but the right one, once the new one is complete; nothing happens if that is here already. With
+        ``others``, no source is known to be whole: each block comes from whichever has it. ``makes_room`` as in
+        :meth:`Table.require_space`.
+
+        EXISTS if a different one is here, DISK_FULL, DISK_FAILED, and what reading raises: BAD_CHECKSUM,
+        CHAIN_MISMATCH or WRONG_OFFSET for damage.
         """
         present = self._table.get(chunk)
         if present is not None and present.state is not ReplicaState.FAILED:
             same = (present.written.stored_length, present.written.chain) == (length, chain)
             if same and present.state is ReplicaState.SEALED and not present.error:
                 return present
-            raise DfsError(ErrorCode.EXISTS, f"another replica of chunk {chunk:x} is here: delete it first")
+            if not replace:
+                raise DfsError(ErrorCode.EXISTS, f"another replica of chunk {chunk:x} is here: delete it first")
         self._table.require_space(length + chunkfile.HEADER_BYTES + entries * ENTRY_BYTES, makes_room=makes_room)
-        index = await self.fetch_index(source, chunk, length, entries, chain)
+        if others:
+            salvage = Salvage(self._pool, [source, *others], chunk, self._in_thread)
+            index = await salvage.index(length, entries, chain, self._table.first_chain(chunk))
+            fetch: Fetch = salvage.fetch
+        else:
+            index = await self.fetch_index(source, chunk, length, entries, chain)
+            fetch = partial(self._fetch, source)
         header = Header(
             self._table.cluster,
             chunk,
@@ -56,30 +82,32 @@ class Copier:
         )
 
         async def fill(file: File) -> tuple[Index, Header]:
-            await self._fill(source, file, index, chunk)
+            await self._fill(fetch, file, index, chunk)
             return index, header
 
         return await self.make(chunk, fill)
 
     async def make(self, chunk: int, fill: Callable[[File], Awaitable[tuple[Index, Header]]]) -> Replica:
         """A new sealed replica: ``fill`` writes the payload of a file that gets its name only when it is complete and
-        synced, and returns its index and header. Takes the place of one that was given up, or was made before.
+        synced, and returns its index and header. Takes the place of the one that is there.
 
-        DISK_FULL or IO if it cannot be written; nothing is left of it then, nor if ``fill`` raises.
+        DISK_FULL or DISK_FAILED if it cannot be written; nothing is left of it then, nor if ``fill`` raises.
         """
+        if self._table.disk_error:
+            raise DfsError(ErrorCode.DISK_FAILED, self._table.disk_error)
         path = chunkfile.chunk_path(chunk)
-        present = self._table.get(chunk)
         try:
             file: File = await self._in_thread(self._create, path + COPYING_SUFFIX)
             try:
                 index, header = await fill(file)
                 await self._in_thread(self._complete, file, index, header)
+                present = self._table.get(chunk)
                 await self._in_thread(self._finish, path, present.path if present else "")
             except BaseException:
                 self._discard(path + COPYING_SUFFIX)
                 raise
         except OSError as error:
-            code = ErrorCode.DISK_FULL if error.errno in FULL_ERRNOS else ErrorCode.IO
+            code = ErrorCode.DISK_FULL if error.errno in FULL_ERRNOS else ErrorCode.DISK_FAILED
             raise DfsError(code, f"cannot write the copy: {error.strerror}") from None
         self._table.open_chunks.drop(chunk)
         progress = index.progress(len(index), header.sealed_chain)
@@ -108,11 +136,11 @@ class Copier:
             raise DfsError(ErrorCode.CHAIN_MISMATCH, "the source's replica is a different one")
         return index
 
-    async def _fill(self, source: Peer, file: File, index: Index, chunk: int) -> None:
+    async def _fill(self, fetch: Fetch, file: File, index: Index, chunk: int) -> None:
         end = index.progress(len(index), 0)
         stored = logical = 0
         while logical < end.logical_length:
-            data, stored_bytes, logical_bytes = await self._fetch(source, chunk, index, logical, end)
+            data, stored_bytes, logical_bytes = await fetch(chunk, index, logical, end)
             await self._in_thread(file.write, [data], PAYLOAD_OFFSET + stored)
             stored += stored_bytes
             logical += logical_bytes

@@ -80,6 +80,13 @@ class Index:
         end = self._stored_end(last - 1)
         return BlockRange(self.slice(first, last - first), PAYLOAD_OFFSET + start, end - start)
 
+    def entries_from(self, offset: int, stored_limit: int) -> list[Entry]:
+        """Entries from the one at logical ``offset`` on, at least one, together at most ``stored_limit`` bytes."""
+        first = bisect_right(range(len(self)), offset, key=self._logical_offset) - 1
+        start = self._stored_offset(first)
+        last = bisect_right(range(len(self)), start + stored_limit, lo=first, key=self._stored_end)
+        return [self.entry(number) for number in range(first, max(last, first + 1))]
+
     def progress(self, count: int, chain_before: int) -> Progress:
         """How far a replica of the first ``count`` entries is; ``chain_before`` is the chain before the first."""
         if count == 0:

@@ -112,7 +112,9 @@ class Orders:
         else:
             async with self._copies:
                 source = Peer(order.source_server, order.source_host, order.source_port)
+                others = [Peer(other.server, other.host, other.port) for other in order.others]
                 await self._copier.copy(
-                    source, order.chunk, order.length, order.entries, order.chain, makes_room=order.makes_room
-                )
+                    source, order.chunk, order.length, order.entries, order.chain, others=others, replace=order.replace,
+                    makes_room=order.makes_room,
+                )  # fmt: skip
         return []

@@ -136,6 +136,15 @@ class VerifyReply(Message):
     bad_blocks: tuple[int, ...]
 
 
+class ReadRaw(Message):
+    """Asks for ``length`` bytes of the file from ``position`` on, as they are, whatever is known of the replica: for
+    making a whole one out of several that are damaged. The payload has them, fewer at the end of the file."""
+
+    chunk: int
+    position: int
+    length: int
+
+
 class ListChunks(Message):
     """Asks for the replicas with ids above ``after``, sorted, at most ``count`` and 5,000."""
 
@@ -177,4 +186,5 @@ READ_INDEX = Method(4, "read_index", ReadIndex, ReadIndexReply)
 STAT = Method(5, "stat", Stat, StatReply)
 VERIFY = Method(6, "verify", Verify, VerifyReply)
 PING = Method(7, "ping", Empty, Pong)
+READ_RAW = Method(9, "read_raw", ReadRaw, Empty)
 LIST_CHUNKS = Method(8, "list_chunks", ListChunks, ListChunksReply)

@@ -13,6 +13,7 @@ from chunkserver.disk import File
 from chunkserver.index import PAGE_ENTRIES, Index, Opened
 from chunkserver.replica import Replica, ReplicaState
 from chunkserver.table import Table
+from chunkserver.verify import Verification
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.wire import PAYLOAD_LIMIT, Buffer
 
@@ -96,7 +97,7 @@ class Reads:
                 raise DfsError(ErrorCode.BAD_CHECKSUM, f"the index of chunk {replica.chunk:x} is damaged")
             if replica.state is ReplicaState.DELETED or replica.state is ReplicaState.FAILED:
                 raise DfsError(ErrorCode.NO_SUCH_CHUNK, "deleted meanwhile")
-            if count <= replica.written.entries:  # not cut meanwhile
+            if count <= replica.written.entries and self._table.get(replica.chunk) is replica:  # not cut meanwhile
                 self._table.open_chunks.put(replica.chunk, opened)
                 opened = self._opened(replica) or opened
         return opened
@@ -123,15 +124,55 @@ class Reads:
             self._table.report_bad(replica, ErrorCode.IO)
             raise DfsError(ErrorCode.IO, f"cannot read: {error.strerror}") from None
 
+    async def raw(self, chunk: int, position: int, length: int) -> bytes:
+        """Bytes of the file as they are, even of a replica that was given up. Raises NO_SUCH_CHUNK, INVALID, IO or
+        UNAVAILABLE."""
+        replica = self._table.find(chunk)
+        if position < 0 or not 0 <= length <= PAYLOAD_LIMIT:
+            raise DfsError(ErrorCode.INVALID, "no chunk has such a range")
+
+        def read() -> bytes:
+            return self._table.disk.open(replica.path).read(length, position)
+
+        data: bytes = await self._from_disk(replica, self._table.limits.scrubs, read)
+        return data
+
     # -- verifying ---------------------------------------------------------------------------------------------
 
     async def verify(self, chunk: int) -> list[int]:
-        """Re-reads a replica from the disk itself; returns the bad blocks, which also makes it known as damaged."""
+        """Re-reads a replica from the disk itself; returns the bad blocks, which also makes it known as damaged.
+
+        BAD_CHECKSUM if its header, index or size is wrong.
+        """
         replica = self._table.readable(chunk)
-        bad, _ = await self._bad_blocks(replica)
-        if bad and replica.state is not ReplicaState.DELETED:
-            self._table.report_bad(replica, ErrorCode.BAD_CHECKSUM)
-        return bad
+        if replica.state is not ReplicaState.SEALED:
+            bad, _ = await self._bad_blocks(replica)
+            self.judge(replica, "", bad)
+            return bad
+        found = self.verification(replica)
+        await self._from_disk(replica, self._table.limits.scrubs, found.run)
+        self.judge(replica, found.problem, found.bad_blocks)
+        if found.problem:
+            raise DfsError(ErrorCode.BAD_CHECKSUM, found.problem)
+        return found.bad_blocks
+
+    def verification(self, replica: Replica) -> Verification:
+        """Of a sealed replica; nothing is read yet."""
+        return Verification(self._table.disk, self._table.cluster, replica.chunk, replica.path, replica.written)
+
+    def judge(self, replica: Replica, problem: str, bad: list[int]) -> bool:
+        """Makes a replica known as damaged if that was found; whether it was."""
+        if not problem and not bad:
+            return False
+        log.error("a replica does not read back", chunk=f"{replica.chunk:x}", problem=problem, bad_blocks=bad[:5])
+        self._table.report_bad(replica, ErrorCode.BAD_CHECKSUM)
+        return True
+
+    async def verify_slice(self, replica: Replica, found: Verification) -> bool:
+        """The next slice of a verification; False at its end. What cannot be read makes the replica known as damaged,
+        and raises as :meth:`read`."""
+        more: bool = await self._from_disk(replica, self._table.limits.scrubs, found.step)
+        return more
 
     async def _bad_blocks(self, replica: Replica) -> tuple[list[int], Index]:
         """And what the numbers refer to."""

@@ -149,10 +149,15 @@ def bad_blocks(disk: Disk, path: str, index: Index, limit: int = 1000) -> list[i
     bad: list[int] = []
     first = 0
     while first < len(index) and len(bad) < limit:
-        entries, last = _group(index, first)
-        bad += [first + number for number in _bad_of_group(file, entries)]
-        first = last
+        found, first = bad_of_next(file, index, first)
+        bad += found
     return bad[:limit]
+
+
+def bad_of_next(file: File, index: Index, first: int) -> tuple[list[int], int]:
+    """As :func:`bad_blocks` for the entries from ``first`` on that are read at once; and the number after them."""
+    entries, last = _group(index, first)
+    return [first + number for number in _bad_of_group(file, entries)], last
 
 
 def _group(index: Index, first: int) -> tuple[list[chunkfile.Entry], int]:

@@ -23,6 +23,7 @@ from chunkserver.protocol import (
     Read,
     ReadIndex,
     ReadIndexReply,
+    ReadRaw,
     ReadReply,
     Stat,
     StatReply,
@@ -60,6 +61,7 @@ class Service:
             (protocol.READ_INDEX, self._read_index),
             (protocol.STAT, self._stat),
             (protocol.VERIFY, self._verify),
+            (protocol.READ_RAW, self._read_raw),
             (protocol.PING, self._ping),
             (protocol.LIST_CHUNKS, self._list_chunks),
         ]
@@ -162,6 +164,9 @@ class Service:
         replica = self._store.table.readable(request.chunk)
         entries = await self._store.reads.entries(request.chunk, request.index, request.count)
         return Reply(ReadIndexReply(entries, replica.written))
+
+    async def _read_raw(self, request: ReadRaw, _: Buffer, trace_id: int) -> Reply:
+        return Reply(Empty(), [await self._store.reads.raw(request.chunk, request.position, request.length)])
 
     def _stat(self, request: Stat, _: Buffer, trace_id: int) -> Reply:
         replica = self._store.table.find(request.chunk)

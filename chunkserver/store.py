@@ -111,12 +111,7 @@ class Store:
         self.table.remember_deleted(chunk)
         if replica is None:
             return
-        self.table.forget(chunk)
-        replica.move(ReplicaState.DELETED)
-        writing, replica.writing = replica.writing, None
-        if writing is not None:
-            cancel_queue(writing, DfsError(ErrorCode.NO_SUCH_CHUNK, "deleted meanwhile"))
-            writing.changed.unpark_all()
+        self._leave(replica)
         try:
             await self.table.run_sync(
                 self._unlink, replica.path, limiter=self.table.limits.changes, abandon_on_cancel=True
@@ -129,11 +124,23 @@ class Store:
         self.table.directory_changed(parent(replica.path))
         self.table.on_gone(chunk)
 
+    def _leave(self, replica: Replica) -> None:
+        """Takes a replica out of memory, and ends what is under way there."""
+        self.table.forget(replica.chunk)
+        replica.move(ReplicaState.DELETED)
+        writing, replica.writing = replica.writing, None
+        if writing is not None:
+            cancel_queue(writing, DfsError(ErrorCode.NO_SUCH_CHUNK, "deleted meanwhile"))
+            writing.changed.unpark_all()
+
     def _unlink(self, path: str) -> None:
         self.table.disk.step("delete:before-unlink")
         self.table.disk.unlink(path)
 
     def adopt(self, replica: Replica) -> None:
-        """Takes in a sealed replica whose file was just completed, in place of one that was given up."""
+        """Takes in a sealed replica whose file was just completed, in place of the one that was there."""
+        old = self.table.get(replica.chunk)
+        if old is not None:
+            self._leave(old)
         self.table.add(replica)
         self.table.on_change(replica)

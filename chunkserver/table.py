@@ -229,8 +229,11 @@ class Table:
             log.error("the disk has failed; nothing more is written to it", reason=text)
 
     def report_bad(self, replica: Replica, code: ErrorCode) -> None:
-        """Blocks of it are wrong or unreadable: others may still be read, but it no longer counts as a copy."""
-        if not replica.error:
+        """Blocks of it are wrong or unreadable: others may still be read, but it no longer counts as a copy.
+
+        Nothing happens if it is not in the table any more: it was deleted or replaced while somebody read it.
+        """
+        if not replica.error and self._replicas.get(replica.chunk) is replica:
             replica.error = code.name
             log.error("a replica is damaged", chunk=f"{replica.chunk:x}", reason=code.name)
             self.on_change(replica)

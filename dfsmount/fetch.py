@@ -32,6 +32,8 @@ RECENT_READS = 128
 # How long a replica that gave wrong bytes, or none, is asked last.
 SHUN_SECONDS = 60.0
 REPORT_SECONDS = 10.0
+# A replica that failed like this may well have the next block.
+DAMAGE = frozenset({ErrorCode.BAD_CHECKSUM, ErrorCode.IO, ErrorCode.REPLICA_FAILED})
 
 
 class Pool(Protocol):
@@ -61,10 +63,23 @@ class Pace:
 class Fetch:
     """One range of a chunk on its way. When ``done``, ``run`` is what came, or ``error`` why nothing did.
 
-    ``candidates`` are the servers not asked yet, ``scopes`` the attempts under way.
+    ``candidates`` are the servers not asked yet, ``scopes`` the attempts under way. ``damaged``: some replica has not
+    all of the range.
     """
 
-    __slots__ = ("candidates", "chunk", "done", "error", "hedge_at", "run", "scopes", "speculative", "start", "stop")
+    __slots__ = (
+        "candidates",
+        "chunk",
+        "damaged",
+        "done",
+        "error",
+        "hedge_at",
+        "run",
+        "scopes",
+        "speculative",
+        "start",
+        "stop",
+    )
 
     def __init__(self, chunk: int, start: int, stop: int, speculative: bool) -> None:
         self.chunk = chunk
@@ -74,6 +89,7 @@ class Fetch:
         self.candidates: deque[int] = deque()
         self.scopes: set[trio.CancelScope] = set()
         self.hedge_at = 0.0
+        self.damaged = False
         self.done = trio.Event()
         self.run: Run | None = None
         self.error: DfsError | None = None
@@ -118,6 +134,10 @@ class Fetcher:
             if fetch is None:
                 fetch = self.start(chunk, start, min(stop, start + FETCH_BYTES), servers)
             await fetch.done.wait()
+            if own and fetch.run is None and fetch.damaged:
+                # Each replica may be damaged, but elsewhere: one block at a time.
+                fetch = self.start(chunk, start, start + 1, servers)
+                await fetch.done.wait()
             if fetch.run is not None and fetch.run.start <= start < fetch.run.stop:
                 return fetch.run
             if own:
@@ -210,6 +230,7 @@ class Fetcher:
         if self._shunned.get(key, 0.0) <= now:
             self._jobs.start(self._report, fetch.chunk, server, error)
         self._shunned[key] = now + SHUN_SECONDS
+        fetch.damaged |= error.code in DAMAGE
         if fetch.error is None or _hope(error) > _hope(fetch.error):
             fetch.error = error
         if fetch.candidates:

@@ -166,6 +166,7 @@ async def _serve(plan: MountPlan, key: ClusterKey | None, ready: Callable[[], No
         opened=lambda: mounted[0].vfs.opened() if mounted else [],
         on_new_session=lambda: mounted[0].vfs.new_session(),
         dirty_bytes=lambda: mounted[0].writer.dirty_bytes if mounted else 0,
+        on_retire=lambda chunks: mounted[0].writer.retire(chunks) if mounted else None,
     )
     source = plan.source
     identity = SessionIdentity(

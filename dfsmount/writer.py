@@ -5,7 +5,7 @@ stable storage on every replica, because the last append of each batch carried `
 bytes, can still be lost with the tail of the metaserver's log, and ``MetaClient`` keeps and resends that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -147,6 +147,13 @@ class Writer:
             lane.retire_chunk()
         self.supply.retire_spares()
         await self.supply.all_sealed()
+
+    def retire(self, chunks: Collection[int]) -> None:
+        """Writes no more to these chunks; each is sealed once what was written there is committed."""
+        for lane in self.lanes:
+            if lane.chunk is not None and lane.chunk.chunk in chunks:
+                log.info("ending a chunk that is to be repaired", chunk=repr(lane.chunk))
+                lane.retire_chunk()
 
     def abandon_all(self, error: DfsError) -> None:
         """The session is lost and its chunks with it: all dirty bytes fail with ``error``."""

@@ -164,6 +164,19 @@ def seal(tx: Transaction, chunk: int, row: Chunk, failed: Iterable[int]) -> bool
     return dead
 
 
+def doubt(tx: Transaction, chunk: int, server: int) -> bool:
+    """Makes a GOOD replica UNSURE; whether there was one."""
+    value = tx.get(Table.REPLICAS, replica_key(chunk, server))
+    if value is None:
+        return False
+    replica = Replica.unpack(value)
+    if not replica.good:
+        return False
+    move_replica(replica, ReplicaState.UNSURE)
+    save_replica(tx, chunk, server, replica)
+    return True
+
+
 def settle(tx: Transaction, live: dict[int, int]) -> list[int]:
     """Adds changes of live bytes to their chunks; returns the chunks that are DEAD by that."""
     dead = []
@@ -184,8 +197,8 @@ def settle(tx: Transaction, live: dict[int, int]) -> list[int]:
 def place(tx: Transaction, chunk: int, rank: Rank) -> ChunkPlace:
     """Where a chunk can be read: good replicas before doubtful ones, servers that are up first.
 
-    If there are only bad ones they are better than nothing: each block is checked by the reader, and a replica that is
-    short or damaged somewhere may have the others.
+    Bad ones come last, better than nothing: each block is checked by the reader, and a replica that is short or damaged
+    somewhere may have what the others, damaged elsewhere and perhaps not yet known to be, have not.
     """
     prefix = key_u64(chunk)
     found = []
@@ -198,7 +211,7 @@ def place(tx: Transaction, chunk: int, rank: Rank) -> ChunkPlace:
         elif state == ReplicaState.BAD:
             bad.append((rank(server), 0, server))
     # A good replica on a server that is down comes after a doubtful one that can be asked now: bytes are checked.
-    return ChunkPlace(chunk, tuple(server for _, _, server in sorted(found or bad)))
+    return ChunkPlace(chunk, tuple(server for _, _, server in sorted(found) + sorted(bad)))
 
 
 def owned(tx: Transaction) -> list[tuple[int, int]]:

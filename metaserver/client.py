@@ -66,6 +66,7 @@ class Hooks(msgspec.Struct):
     opened: Callable[[], list[Opened]]
     on_new_session: Callable[[], None]
     dirty_bytes: Callable[[], int] = lambda: 0
+    on_retire: Callable[[Sequence[int]], None] = lambda chunks: None
 
 
 class RemoteClock:
@@ -596,6 +597,9 @@ class MetaClient:
     def _pushed(self, connection: Connection, incoming: Incoming) -> Result:
         if incoming.method == protocol.CHANGED.number:
             self._hooks.on_changed(protocol.CHANGED.decode_request(incoming.body).message.inos)
+            return Reply(wire.Empty())
+        if incoming.method == protocol.RETIRE.number:
+            self._hooks.on_retire(protocol.RETIRE.decode_request(incoming.body).message.chunks)
             return Reply(wire.Empty())
         if incoming.method == protocol.FLUSH.number:
             return self._flush(connection, protocol.FLUSH.decode_request(incoming.body).message)

@@ -12,7 +12,7 @@ import msgspec
 from metaserver import space
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.placement import Candidate, choose
-from metaserver.protocol import CHUNK_CAPACITY, Heartbeat, Register, ServerAddress, ServerState
+from metaserver.protocol import CHUNK_CAPACITY, Heartbeat, Register, ScrubStatus, ServerAddress, ServerState
 from metaserver.schema import Server
 from metaserver.wire import PROTOCOL_VERSION
 
@@ -58,6 +58,15 @@ class Member(msgspec.Struct, eq=False):
     read_bytes: int = 0
     written_bytes: int = 0
     unsealed: set[int] = set()
+    # It was LOST in this epoch: what it has was out of sight, and counts for deleting others only once read back.
+    was_lost: bool = False
+    verified: set[int] = set()
+    scrub: ScrubStatus | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether its disk takes data."""
+        return self.disk_state in _USABLE
 
     @property
     def shown_state(self) -> ServerState:
@@ -170,6 +179,7 @@ class Members:
         member = Member(told.server, row, now, incarnation=told.incarnation, capacity=told.capacity, free=told.free)
         if known is not None:
             member.state, member.reserved, member.unsealed = known.state, known.reserved, known.unsealed
+            member.was_lost = known.was_lost
             # Until it has reported it is not known what it still has.
             if member.state is ServerState.UP:
                 self._move(member, ServerState.DOWN)
@@ -209,6 +219,7 @@ class Members:
     def heartbeat(self, member: Member, told: Heartbeat, now: float) -> bool:
         """Notes what a heartbeat says about the server itself; whether its changes and results are new."""
         member.heard = now
+        member.scrub = told.scrub
         member.capacity, member.free, member.spare, member.chunks = told.capacity, told.free, told.spare, told.chunks
         member.stored, member.disk_state = told.stored, told.disk_state
         member.read_bytes, member.written_bytes = told.read_bytes, told.written_bytes
@@ -228,6 +239,8 @@ class Members:
                 changed.append(member)
             if member.state is ServerState.DOWN and silent > self._lost_after:
                 self._move(member, ServerState.LOST)
+                member.was_lost = True
+                member.verified.clear()
                 changed.append(member)
         return changed
 
@@ -249,9 +262,7 @@ class Members:
         """Servers that take new data."""
         rooms = self._rooms()
         return [
-            member.candidate(rooms[member.device])
-            for member in self.by_id.values()
-            if member.works and member.disk_state in _USABLE
+            member.candidate(rooms[member.device]) for member in self.by_id.values() if member.works and member.usable
         ]
 
     def place_new(

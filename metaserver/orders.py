@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from metaserver.pacing import Meter, Pace
 from metaserver.planning import Kind
-from metaserver.protocol import CompactSource, Order, OrderKind, ServerAddress
+from metaserver.protocol import CompactSource, CopySource, Order, OrderKind, ServerAddress
 from metaserver.schema import Chunk
 
 # Orders of one kind under way at one server, except copies, which have a figure of their own.
@@ -85,6 +85,8 @@ class Orders:
         step: Kind | None = None,
         source: ServerAddress | None = None,
         sources: list[CompactSource] | None = None,
+        others: Iterable[ServerAddress] = (),
+        replace: bool = False,
     ) -> Order:
         """A new order; ``row`` says what the replica is to be."""
         self._next += 1
@@ -96,6 +98,8 @@ class Orders:
             self._charge(server, source.server, order.length, now, move=step is Kind.MOVE)
         if sources:
             order.sources = sources
+        order.others = [CopySource(other.server, other.host, other.port) for other in others]
+        order.replace = replace
         self._orders[order.order] = Outstanding(order, server, ready_at, now, step)
         self._by_chunk[chunk] = order.order
         self._count(order, server, 1)

@@ -44,7 +44,7 @@ class Parts:
         self.sessions = sessions = Sessions()
         committer.on_failure = lambda: sessions.cut_off("the metaserver cannot go on")
         self.members = members = Members(config.heartbeat_seconds, config.lost_after_seconds, random or Random())
-        self.repair = repair = Repair(committer, config, members, clock)
+        self.repair = repair = Repair(committer, config, members, clock, sessions.retire)
         self.tasks = tasks = Tasks(committer, config, members)
         self.changes = changes = Changes(
             committer, config, clock, sessions, members, repair, tasks, steady_ns or now_ns

@@ -5,7 +5,8 @@ server that is up and has reported everything it has in this epoch; it *stays* i
 
 Nothing is deleted as superfluous unless enough sure replicas stay. Whatever moves is copied first: the copy makes the
 old one superfluous, and of superfluous ones that goes whose going costs the least spread over hosts and racks, then the
-one on the fullest server.
+one on the fullest server. What a server that was LOST has kept is read back from its disk before it counts for that.
+A useless replica is not deleted to make room for a right one, but replaced by it: what is left of it may be needed.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -44,9 +45,13 @@ class Kind(Enum):
 
 
 class Step(NamedTuple):
+    """``others``: no replica is known to be whole, and these have what there is. ``replace``: a useless replica."""
+
     kind: Kind
     server: int
     source: int = 0
+    others: tuple[int, ...] = ()
+    replace: bool = False
 
 
 Replicas = list[tuple[int, Replica]]
@@ -71,7 +76,7 @@ def plan(chunk: int, row: Chunk, replicas: Replicas, members: Members, hints: Hi
             return Step(Kind.DELETE, server)
     if row.state == ChunkState.DEAD:
         return None
-    return _settle(chunk, up, members, hints) or _Copies(row, replicas, up, members, hints).step()
+    return _settle(chunk, up, members, hints) or _Copies(chunk, row, replicas, up, members, hints).step()
 
 
 def good_copies(replicas: Replicas, members: Members) -> tuple[int, int]:
@@ -80,13 +85,13 @@ def good_copies(replicas: Replicas, members: Members) -> tuple[int, int]:
     return len(good), sum(_is_up(members, server) for server in good)
 
 
-def plan_shift(row: Chunk, replicas: Replicas, members: Members, giving: int, taking: int) -> Step | None:
+def plan_shift(chunk: int, row: Chunk, replicas: Replicas, members: Members, giving: int, taking: int) -> Step | None:
     """A copy to ``taking`` that makes the replica on ``giving`` superfluous; None unless the chunk is as it should be,
     and would be no less spread. Only for a chunk that :func:`plan` has no step for."""
     if row.state != ChunkState.SEALED or any(server == taking for server, _ in replicas):
         return None
     up = [(server, replica) for server, replica in replicas if _is_up(members, server)]
-    staying = _Copies(row, replicas, up, members, Hints()).staying
+    staying = _Copies(chunk, row, replicas, up, members, Hints()).staying
     if len(staying) != row.copies or giving not in staying or not _takes(members, taking, row.length):
         return None
     places = _places(members, staying)
@@ -130,7 +135,10 @@ def _settle(chunk: int, up: Replicas, members: Members, hints: Hints) -> Step | 
 class _Copies:
     """The replicas of one chunk by what they are worth, and what is missing or too much."""
 
-    def __init__(self, row: Chunk, replicas: Replicas, up: Replicas, members: Members, hints: Hints) -> None:
+    def __init__(
+        self, chunk: int, row: Chunk, replicas: Replicas, up: Replicas, members: Members, hints: Hints
+    ) -> None:
+        self.chunk = chunk
         self.row = row
         self.members = members
         self.hints = hints
@@ -166,13 +174,34 @@ class _Copies:
         return self._copy_to(self.copying[0]) if self.copying and self.sure else None
 
     def _missing(self) -> Step | None:
-        if self._lacking <= 0 or not self.sure:
+        if self._lacking <= 0:
             return None
+        if not self.sure:
+            return self._salvage() if self.bad and not self.good else None
         target = self._target()
-        if target:
-            return self._copy_to(target)
-        # Nowhere else to go: a useless replica makes room for a right one.
+        return self._copy_to(target) if target else self._replace()
+
+    def _replace(self) -> Step | None:
+        """There is nowhere else to go: a right replica in the place of a useless one, which stays until then if the
+        disk has room for both."""
+        fit = self._replaceable()
+        if fit:
+            return Step(Kind.COPY, fit, self._source(), replace=True)
         return Step(Kind.DELETE, self.bad[0]) if self.bad else None
+
+    def _salvage(self) -> Step | None:
+        """A whole replica out of what is left of several, each perhaps damaged in another place."""
+        target = self.copying[0] if self.copying else self._target()
+        others = tuple(self.bad[1:]) or (self.bad[0],)
+        if target:
+            return Step(Kind.COPY, target, self.bad[0], others)
+        fit = self._replaceable()
+        return Step(Kind.COPY, fit, self.bad[0], others, replace=True) if fit else None
+
+    def _replaceable(self) -> int:
+        """A server with a useless replica and room for a right one beside it; 0: none."""
+        found = (self.members.by_id[server] for server in self.bad)
+        return next((each.server for each in found if each.usable and each.room >= self.row.length), 0)
 
     def _target(self) -> int:
         # What is to leave its server takes up no host or rack.
@@ -188,7 +217,16 @@ class _Copies:
         if leaving:
             return Step(Kind.DELETE, leaving[0])
         if len(self.staying) > self.row.copies:
-            return Step(Kind.DELETE, self._least_missed())
+            victim = self._least_missed()
+            return self._doubtful(victim) or Step(Kind.DELETE, victim)
+        return None
+
+    def _doubtful(self, victim: int) -> Step | None:
+        """Reads back what is to be relied on without ``victim``, and was out of sight for long."""
+        for server in self.staying:
+            member = self.members.by_id[server]
+            if server != victim and member.was_lost and self.chunk not in member.verified:
+                return Step(Kind.VERIFY, server)
         return None
 
     def _least_missed(self) -> int:

@@ -562,6 +562,13 @@ class Changed(Message):
     inos: tuple[int, ...]
 
 
+class Retire(Message):
+    """These chunks of the session have a replica that cannot be relied on, and only a sealed chunk can be repaired:
+    write no more to them, and seal them once what was written there is committed. May come again."""
+
+    chunks: tuple[int, ...]
+
+
 OPEN_SESSION = Method(1, "open_session", OpenSession, SessionOpened)
 DECLARE = Method(2, "declare", Declare, Empty)
 RESEND = Method(3, "resend", Resend, Empty)
@@ -597,6 +604,7 @@ REPORT_REPLICA = Method(45, "report_replica", ReportReplica, Empty)
 FLUSH = Method(60, "flush", Flush, Empty)
 FLUSHED = Method(61, "flushed", Flushed, Empty)
 CHANGED = Method(62, "changed", Changed, Empty)
+RETIRE = Method(63, "retire", Retire, Empty)
 
 # Methods that change metadata: they carry an operation number, are logged, and are resent when lost.
 CHANGES = frozenset(
@@ -696,11 +704,21 @@ class CompactSource(Json):
     ranges: list[tuple[int, int]]
 
 
+class CopySource(Json):
+    """A server that has a replica of a chunk, damaged as far as is known."""
+
+    server: int
+    host: str
+    port: int
+
+
 class Order(Json):
     """What the metaserver wants done. ``order`` is unique per epoch; orders on one chunk come one at a time.
 
-    COPY: take the sealed chunk from ``source``. SEAL: cut to length, entries and chain, mark sealed (fail if shorter
-    or different). DELETE: remove. COMPACT: make the new, sealed chunk of the wanted bytes of ``sources``, in the order
+    COPY: take the sealed chunk from ``source``; with ``others`` no replica is known to be whole, and each block comes
+    from whichever of these servers has it undamaged; with ``replace`` the new replica takes the place of a useless one,
+    once it is complete. SEAL: cut to length, entries and chain, mark sealed (fail if shorter or different). DELETE:
+    remove. COMPACT: make the new, sealed chunk of the wanted bytes of ``sources``, in the order
     of inode and file offset, so that neighbours in a file become neighbours in the chunk; as many as fit.
     ``makes_room``: it leads to bytes being freed, and may use a part of the space that is kept free on the disk.
     Refused if ``epoch`` is below the highest the chunkserver has stored.
@@ -718,6 +736,8 @@ class Order(Json):
     source_port: int = 0
     sources: list[CompactSource] = []
     makes_room: bool = False
+    others: list[CopySource] = []
+    replace: bool = False
 
 
 class OrderResult(Json):
@@ -748,6 +768,8 @@ class ScrubStatus(Json):
     bytes_per_second: float
     bad: int
     last_pass_seconds: float = 0.0
+    # Since the end of the last complete pass; meaningless if there was none.
+    since_pass_seconds: float = 0.0
 
 
 class Heartbeat(Json):

@@ -8,7 +8,7 @@ Copies are made of those chunks first that have the fewest left. When a server i
 of its chunks have been looked at; until then only chunks with a single good copy are copied.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import NamedTuple
 
@@ -62,6 +62,10 @@ _USELESS = frozenset(
 )
 # The client's reasons to doubt a replica; being out of reach is not one.
 DOUBTS = frozenset({*_USELESS, ErrorCode.IO.name, ErrorCode.DISK_FAILED.name})
+# The writer of a chunk with a damaged replica is asked again to end it.
+RETIRE_SECONDS = 5.0
+# A copy that failed like this says that its source is damaged.
+_BAD_SOURCE = frozenset({*_USELESS, ErrorCode.IO.name})
 # A copy fails like this because of where it goes, not because of where it comes from.
 _TARGETS_FAULT = frozenset({ErrorCode.DISK_FULL.name, ErrorCode.NO_SPACE.name, ErrorCode.EXISTS.name})
 
@@ -82,7 +86,17 @@ class Repair:
     Invariant: a chunk waits in at most one queue, that of the step it needed when it was last looked at.
     """
 
-    def __init__(self, committer: Committer, config: Config, members: Members, clock: LivedClock) -> None:
+    def __init__(
+        self,
+        committer: Committer,
+        config: Config,
+        members: Members,
+        clock: LivedClock,
+        retire: Callable[[int, int], None] = lambda owner, chunk: None,
+    ) -> None:
+        """``retire`` asks a session to end one of its chunks."""
+        self._retire = retire
+        self._asked_to_retire: dict[int, float] = {}
         self._committer = committer
         self._config = config
         self._members = members
@@ -135,6 +149,8 @@ class Repair:
             if report.sealed:
                 member.unsealed.discard(report.chunk)
             if finding is Finding.LOOK:
+                if report.sealed and not report.error:
+                    self.orders.succeeded(report.chunk)  # what failed before may go well now
                 self.look_at(report.chunk)
 
     def reported(self, chunk: int) -> list[int]:
@@ -188,6 +204,8 @@ class Repair:
             self.orders.succeeded(order.chunk)
             if order.kind == OrderKind.COPY:
                 self.orders.copied.add(order.length, now)
+            if order.kind in (OrderKind.COPY, OrderKind.VERIFY):
+                self._members.by_id[server].verified.add(order.chunk)
         self._committer.change(0, 0, lambda tx, _: _apply_result(tx, server, order, result), frees=True)
         if order.kind == OrderKind.SEAL and not result.error:
             self._members.by_id[server].unsealed.discard(order.chunk)
@@ -207,29 +225,20 @@ class Repair:
             # Which end it was cannot be told; both are avoided for this chunk if there are others.
             blamed.append(order.source_server)
         self.orders.failed(order.chunk, blamed, self._clock.seconds, elsewhere=order.kind == OrderKind.COPY)
-        if order.kind == OrderKind.COPY and result.error in _USELESS:
+        if order.kind == OrderKind.COPY and not order.others and result.error in _BAD_SOURCE:
             self._doubt_source(order)
 
     def _doubt_source(self, order: Order) -> None:
         """A copy has failed because of what it got: the source is verified before it counts again."""
-
-        def unsure(tx: Transaction, _: int) -> bool:
-            value = tx.get(Table.REPLICAS, replica_key(order.chunk, order.source_server))
-            replica = None if value is None else Replica.unpack(value)
-            if replica is None or not replica.good:
-                return False
-            chunks.move_replica(replica, ReplicaState.UNSURE)
-            chunks.save_replica(tx, order.chunk, order.source_server, replica)
-            return True
-
-        if self._committer.change(0, 0, unsure, frees=True).message:
-            self.doubt(order.chunk, order.source_server)
+        source = order.source_server
+        if self._committer.change(0, 0, lambda tx, _: chunks.doubt(tx, order.chunk, source), frees=True).message:
+            self.doubt(order.chunk, source)
 
     def _issue(self, kind: OrderKind, chunk: int, row: Chunk | None, step: Step, ready_at: int) -> None:
         source = next(iter(self._members.addresses([step.source])), None) if step.source else None
         self.orders.issue(
             kind, self._committer.epoch, chunk, step.server, row, ready_at, self._clock.seconds, step=step.kind,
-            source=source,
+            source=source, others=self._members.addresses(step.others), replace=step.replace,
         )  # fmt: skip
 
     # -- the rounds ----------------------------------------------------------------------------------------------
@@ -297,9 +306,21 @@ class Repair:
             self._shifts.pop(chunk, None)
             self.orders.succeeded(chunk)
             return
+        if looked.row.state == ChunkState.OPEN:
+            self._end_damaged(chunk, looked.row, looked.replicas)
+            return
         step = self._plan(chunk, looked.row, looked.replicas)
         if step is not None:
             self._queues[step.kind.group].put(chunk, good_copies(looked.replicas, self._members))
+
+    def _end_damaged(self, chunk: int, row: Chunk, replicas: list[tuple[int, Replica]]) -> None:
+        """A chunk that is being written can be repaired once its writer has ended it."""
+        now = self._clock.seconds
+        if all(replica.good for _, replica in replicas) or self._asked_to_retire.get(chunk, now) > now:
+            return
+        self._asked_to_retire = {asked: until for asked, until in self._asked_to_retire.items() if until > now}
+        self._asked_to_retire[chunk] = now + RETIRE_SECONDS
+        self._retire(row.owner, chunk)
 
     def _plan(self, chunk: int, row: Chunk, replicas: list[tuple[int, Replica]]) -> Step | None:
         if row.state == ChunkState.DEAD:
@@ -309,7 +330,7 @@ class Repair:
         wanted = self._shifts.get(chunk)
         if wanted is None or step is not None:
             return step
-        step = plan_shift(row, replicas, self._members, *wanted)
+        step = plan_shift(chunk, row, replicas, self._members, *wanted)
         if step is None:
             del self._shifts[chunk]
         return step
@@ -436,6 +457,8 @@ def _apply_result(tx: Transaction, server: int, order: Order, result: OrderResul
         right = found is None or reports.matches(row, found.length, found.entries, found.chain)
         chunks.move_replica(replica, ReplicaState.GOOD if right else ReplicaState.BAD)
         replica.length, replica.entries, replica.chain = row.length, row.entries, row.chain
+    elif order.kind == OrderKind.COPY and order.replace:
+        return
     elif order.kind == OrderKind.COPY and result.error != ErrorCode.EXISTS.name:
         chunks.drop_replica(tx, order.chunk, server)
         return

@@ -24,7 +24,7 @@ from metaserver.members import Members
 from metaserver.protocol import Entry
 from metaserver.repair import DOUBTS, Repair
 from metaserver.resume import Resuming
-from metaserver.schema import Replica, Session, Table, Transaction, replica_key
+from metaserver.schema import Session, Transaction
 from metaserver.sessions import Sessions, SessionState
 from metaserver.tasks import Tasks
 from metaserver.wire import Empty, Method, Request
@@ -438,22 +438,12 @@ class Service:
             text=message.text[:200], host=client.known.row.host,
         )  # fmt: skip
         if code in DOUBTS and not self.changes.refusing:
-            changed = self.committer.change(client.known.id, 0, lambda tx, _: _doubt(tx, message)).message
+            changed = self.committer.change(
+                client.known.id, 0, lambda tx, _: chunks.doubt(tx, message.chunk, message.server)
+            ).message
             if changed:
                 self.repair.doubt(message.chunk, message.server)
         return Reply(Empty(), (), 0, self.committer.durable)
-
-
-def _doubt(tx: Transaction, message: protocol.ReportReplica) -> bool:
-    value = tx.get(Table.REPLICAS, replica_key(message.chunk, message.server))
-    if value is None:
-        return False
-    replica = Replica.unpack(value)
-    if not replica.good:
-        return False
-    chunks.move_replica(replica, protocol.ReplicaState.UNSURE)
-    chunks.save_replica(tx, message.chunk, message.server, replica)
-    return True
 
 
 def _never(client: Client, request: Request[Any]) -> Result:

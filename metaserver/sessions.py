@@ -13,7 +13,7 @@ from metaserver import chunks
 from metaserver.connection import Connection
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.inodes import Effects, release
-from metaserver.protocol import Lost, Opened, Resent
+from metaserver.protocol import RETIRE, Lost, Opened, Resent, Retire
 from metaserver.schema import (
     IdKind,
     Session,
@@ -145,6 +145,12 @@ class Sessions:
             self.close(session, ino)
         session.ended = True
         self.by_id.pop(session.id, None)
+
+    def retire(self, session: int, chunk: int) -> None:
+        """Asks a session, if it can be asked now, to end a chunk that it writes."""
+        state = self.by_id.get(session)
+        if state is not None and state.connection is not None and not state.resuming:
+            state.connection.push(RETIRE, Retire((chunk,)))
 
     def cut_off(self, reason: str) -> None:
         """Ends all connections: clients come back and ask again, here or in the next life."""

@@ -107,6 +107,8 @@ class StatusReader:
                 member.reserved,
                 member.chunks,
                 self._clock.seconds - member.heard,
+                disk_state=member.disk_state,
+                scrub=member.scrub,
             )
             for _, member in sorted(self._members.by_id.items())
         ]

@@ -90,6 +90,7 @@ REQUESTS = {
             (protocol.Listed(CHUNK + 1, 11, 2, 0xDEADBEEF, True, "IO", -1),), True, 3, CHUNK + 9, 33, "a", "/srv/a"
         ),
     ),
+    "read_raw": (protocol.READ_RAW, protocol.ReadRaw(CHUNK, 4096, 65536), wire.Empty()),
     "ping": (protocol.PING, wire.Empty(), protocol.Pong(250)),
 }
 

@@ -246,7 +246,7 @@ async def test_a_full_or_failing_disk_leaves_nothing(start_node: StartNode, pool
     async with start_node("a", wrap=FaultyDisk) as a:
         writer = await sealed(pool, [a], 1, os.urandom(100_000))
         sender = Sender(a)
-        for number, error in ((errno.ENOSPC, "DISK_FULL"), (errno.EIO, "IO")):
+        for number, error in ((errno.ENOSPC, "DISK_FULL"), (errno.EIO, "DISK_FAILED")):
             a.node.disk.faults[call] = [number]  # type: ignore[attr-defined]
             assert await sender.code(compact(sender, source(writer, a, [(0, 100_000)]))) == error
             assert a.store.table.get(NEW) is None

@@ -106,14 +106,14 @@ def test_a_chunk_without_anything_in_it_is_dead_at_once() -> None:
     assert not any(tx.tables[table] for table in (Table.CHUNKS, Table.REPLICAS, Table.BY_SERVER))
 
 
-def test_places_are_good_replicas_first_and_never_useless_ones() -> None:
+def test_places_are_good_replicas_first_and_useless_ones_last() -> None:
     tx = MemoryRows()
     chunk = sealed(tx, (1, 2, 3, 4, 5))
     set_state(tx, chunk, 1, ReplicaState.UNSURE)
     set_state(tx, chunk, 2, ReplicaState.BAD)
     set_state(tx, chunk, 3, ReplicaState.DELETING)
-    assert chunks.place(tx, chunk, lambda _: 0).servers == (4, 5, 1)
-    assert chunks.place(tx, chunk, lambda server: server == 4).servers == (5, 1, 4)
+    assert chunks.place(tx, chunk, lambda _: 0).servers == (4, 5, 1, 2)
+    assert chunks.place(tx, chunk, lambda server: server == 4).servers == (5, 1, 4, 2)
 
 
 def test_bad_replicas_are_read_if_there_are_no_others() -> None:
@@ -253,11 +253,45 @@ def test_a_useless_replica_goes_when_there_are_enough_others() -> None:
     assert plan(tx, chunk, servers(1, 2, 3)) == Step(Kind.DELETE, 3)
     assert plan(tx, chunk, servers(1, 3, down=(2,))) is None
     set_state(tx, chunk, 2, ReplicaState.BAD)
-    # A fourth server takes a copy first; without one, a useless replica makes room.
+    # A fourth server takes a copy first; without one, a useless replica is replaced, or makes room.
     assert plan(tx, chunk, servers(1, 2, 3, 4)) == Step(Kind.COPY, 4, 1)
-    assert plan(tx, chunk, servers(1, 2, 3)) == Step(Kind.DELETE, 2)
-    set_state(tx, chunk, 1, ReplicaState.BAD)
-    assert plan(tx, chunk, servers(1, 2, 3, 4)) is None
+    assert plan(tx, chunk, servers(1, 2, 3)) == Step(Kind.COPY, 2, 1, replace=True)
+    members = servers(1, 2, 3)
+    members.by_id[2].free = members.by_id[3].free = 99
+    assert plan(tx, chunk, members) == Step(Kind.DELETE, 2)
+
+
+def test_what_is_left_of_useless_replicas_is_put_together() -> None:
+    tx = MemoryRows()
+    chunk = sealed(tx, (1, 2))
+    for server in (1, 2):
+        set_state(tx, chunk, server, ReplicaState.BAD)
+    assert plan(tx, chunk, servers(1, 2, 3)) == Step(Kind.COPY, 3, 1, (2,))
+    assert plan(tx, chunk, servers(1, 2)) == Step(Kind.COPY, 1, 1, (2,), replace=True)
+    # One alone may be wrong only where its payload is not.
+    assert plan(tx, chunk, servers(1, lost=(2,))) == Step(Kind.COPY, 1, 1, (1,), replace=True)
+    members = servers(1, 2)
+    members.by_id[1].disk_state = "FAILED"
+    members.by_id[2].free = 99
+    assert plan(tx, chunk, members) is None
+    # A good one may come back.
+    set_state(tx, chunk, 2, ReplicaState.GOOD)
+    assert plan(tx, chunk, servers(1, 3, down=(2,))) is None
+    assert plan(tx, chunk, servers(1, 3, lost=(2,))) == Step(Kind.COPY, 3, 1, (1,))
+
+
+def test_what_a_lost_server_kept_is_read_back_before_it_counts() -> None:
+    tx = MemoryRows()
+    chunk = sealed(tx, (1, 2, 3))
+    members = servers(1, 2, 3)
+    members.by_id[3].free = 5
+    members.by_id[1].was_lost = True
+    assert plan(tx, chunk, members) == Step(Kind.VERIFY, 1)
+    members.by_id[1].verified.add(chunk)
+    assert plan(tx, chunk, members) == Step(Kind.DELETE, 3)
+    # What goes need not be verified.
+    members.by_id[3].was_lost = True
+    assert plan(tx, chunk, members) == Step(Kind.DELETE, 3)
 
 
 def test_a_surplus_replica_goes_only_if_enough_others_are_known_to_be_right() -> None:
@@ -327,8 +361,10 @@ def test_no_plan_ever_endangers_a_chunk(
         return
     assert members.by_id[step.server].up
     if step.kind is Kind.COPY:
-        assert step.source in right
-        assert replicas.get(step.server, ReplicaState.COPYING) is ReplicaState.COPYING
+        assert step.source in right or (step.others and not right)
+        assert {replicas[server] for server in step.others} <= {ReplicaState.BAD}
+        in_place = ReplicaState.BAD if step.replace else ReplicaState.COPYING
+        assert replicas.get(step.server, in_place) is in_place
     if step.kind is Kind.DELETE and replicas[step.server] is not ReplicaState.DELETING:
         assert right - {step.server}
         if replicas[step.server] is ReplicaState.GOOD:
