@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from metaserver import settings
 from metaserver.httpserver import is_loopback
 from metaserver.logs import LEVELS
 
@@ -73,10 +74,13 @@ def read_file(path: Path) -> dict[str, object]:
 
 def make(values: dict[str, object], where: str) -> Config:
     """A checked configuration of these keys; ``where`` they come from is for the error's text."""
+    problem = settings.unknown_key(values, Config)
+    if problem:
+        raise ConfigError(f"{where}: {problem}")
     try:
         config = msgspec.convert(values, Config)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{where}: {settings.invalid_value(error)}") from None
     _check(config, where)
     return config
 

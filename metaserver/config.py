@@ -1,9 +1,12 @@
 """The metaserver's configuration: a TOML file, every key with a default, unknown keys refused."""
 
+import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
+
+from metaserver import settings
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -65,21 +68,29 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
 def load(path: Path) -> Config:
     """Reads a file; raises :class:`ConfigError`."""
     try:
-        return msgspec.toml.decode(path.read_bytes(), type=Config)
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not text") from None
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    return _converted(values, str(path))
+
+
+def _converted(values: dict[str, Any], where: str) -> Config:
+    problem = settings.unknown_key(values, Config)
+    if problem:
+        raise ConfigError(f"{where}: {problem}")
+    try:
+        return msgspec.convert(values, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {settings.invalid_value(error)}") from None
 
 
 def with_flags(config: Config, flags: dict[str, object]) -> Config:
     """The same with other values; raises :class:`ConfigError` if one is not possible."""
-    try:
-        return msgspec.convert({**msgspec.to_builtins(config), **flags}, Config)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"command line: {error}") from None
+    return _converted({**msgspec.to_builtins(config), **flags}, "command line")
 
 
 def parse_address(text: str, what: str) -> tuple[str, int]:

@@ -56,13 +56,13 @@ async def serve(
 ) -> None:
     """Runs a metaserver until ``stop`` is set. Raises, before anything is served, what the command line explains."""
     config.check()
-    whose = identity.open_directory(config.data_path)
-    try:
-        key = load_or_create_key(config.key_path)
-    except OSError as error:
-        raise ConfigError(f"cannot make the cluster key {config.key_path}: {error.strerror}") from None
+    # The ports first: what cannot be served must not leave a data directory and a key behind.
     listener = _listen(config.listen_host, config.listen_port)
     try:
+        if config.http_port:
+            _listen(config.http_host, config.http_port).close()
+        whose = identity.open_directory(config.data_path)
+        key = _key(config)
         async with open_engine(config.data_path) as committer:
             parts = Parts(committer, config, whose.cluster_id, steady_ns=steady_ns)
             parts.load()
@@ -70,6 +70,13 @@ async def serve(
             await _run(config, key, parts, listener, stop, task_status)
     finally:
         listener.close()
+
+
+def _key(config: Config) -> ClusterKey:
+    try:
+        return load_or_create_key(config.key_path)
+    except OSError as error:
+        raise ConfigError(f"cannot make the cluster key {config.key_path}: {error.strerror}") from None
 
 
 async def _run(

@@ -25,6 +25,7 @@ METASERVER_PUBLISHED = {
         "client",
         "httpserver",
         "logs",
+        "settings",
         "systemd",
         "version",
     )

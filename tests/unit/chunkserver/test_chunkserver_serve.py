@@ -274,8 +274,8 @@ GOOD = {"data": "/d", "metaserver": "m:1"}
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"colour": "red"}, "unknown field `colour`"),
-        ({"data": 5}, "Expected `str`, got `int`"),
+        ({"colour": "red"}, "unknown key 'colour'"),
+        ({"data": 5}, "'data': expected str, got int"),
         ({"metaserver": []}, "no metaserver"),
         ({"metaserver": "nowhere"}, "is not HOST:PORT"),
         ({"listen": "127.0.0.1:99999"}, "is not HOST:PORT"),
@@ -332,8 +332,8 @@ def test_command_line_says_what_is_wrong(tmp_path: Path, key_file: Path) -> None
     broken.write_text("data = ")
     key_file.chmod(0o644)
     for arguments, text in [
-        ([], "missing required field `data`"),
-        (["--config", str(unknown)], f"{unknown}: Object contains unknown field `colour`"),
+        ([], "the key 'data' is missing"),
+        (["--config", str(unknown)], f"{unknown}: unknown key 'colour'"),
         (["--config", str(broken)], "is not TOML"),
         (["--config", str(tmp_path / "none")], "No such file"),
         ([*good, "--key-file", str(key_file)], "is readable by others"),

@@ -119,6 +119,7 @@ async def test_a_port_in_use(tmp_path: Path, which: str) -> None:
             flatten_subgroups=True,
         ):
             await serve(with_flags(Config(data=str(tmp_path / "data")), ports), trio.Event())
+    assert not (tmp_path / "data").exists(), "nothing is left behind"
 
 
 def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,13 +164,15 @@ def test_wrong_arguments(arguments: tuple[str, ...], code: int, text: str) -> No
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("foo = 1", "unknown field `foo`"),
-        ("copies = 'two'", "Expected `int`"),
-        ("copies = 99", "<= 16"),
-        ("listen_port = 70000", "<= 65535"),
-        ("[log]\nlevel = 'loud'", "level"),
-        ("[log]\nfoo = 1", "unknown field"),
-        ("not toml", "config.toml"),
+        ("foo = 1", r"unknown key 'foo' \(there are: copies, copies_per_server, .*window_seconds\)$"),
+        ("copys = 1", r"unknown key 'copys' \(did you mean 'copies'\?\)$"),
+        ("copies = 'two'", "'copies': expected int, got str$"),
+        ("copies = 99", "'copies': expected int <= 16$"),
+        ("listen_port = 70000", "'listen_port': expected int <= 65535$"),
+        ("[log]\nlevel = 'loud'", "'log.level': "),
+        ("[log]\nlevle = 1", r"unknown key 'log.levle' \(did you mean 'log.level'\?\)$"),
+        ("log = 1", "'log': expected object, got int$"),
+        ("not toml", "is not TOML"),
     ],
 )
 def test_a_configuration_that_cannot_be_used(tmp_path: Path, text: str, problem: str) -> None:
