@@ -4,6 +4,7 @@ A :class:`Pool` has one connection to each chunkserver, made when first needed a
 leaves in the order of the calls, even while the connection is still being made.
 """
 
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from chunkserver.protocol import (
     ListChunks,
     ListChunksReply,
     Peer,
+    Pong,
     Read,
     ReadIndex,
     ReadIndexReply,
@@ -32,6 +34,7 @@ from chunkserver.protocol import (
     Verify,
     VerifyReply,
 )
+from chunkserver.pulse import Pulse
 from metaserver import transport
 from metaserver.connection import Answer, Connection, Pending, connect_handshake, refuse
 from metaserver.errors import ConnectionLost, DfsError, ErrorCode
@@ -55,6 +58,8 @@ CONNECT_SECONDS = 3.0
 BACKOFF_SECONDS, BACKOFF_LIMIT_SECONDS = 0.1, 2.0
 # How long a failure makes a server the last choice.
 SUSPECT_SECONDS = 10.0
+# A connection over which nothing has come for so long although something is owed: is the server still there?
+QUIET_SECONDS = 0.5
 READ_SECONDS = 10.0
 APPEND_SECONDS = 30.0
 # Reading 64 MiB back from a slow disk behind others.
@@ -81,11 +86,20 @@ class Call(Generic[ReplyT]):
 
     def send(self, connection: Connection) -> None:
         """Called once, by the pool: this or :meth:`fail`."""
+        if self._error is not None:
+            return
         try:
             self._pending = self._send(connection)
         except DfsError as error:
             self._error = error
         self._wake()
+
+    def abandon(self) -> None:
+        """Nobody wants the answer any more: the server is told, or never asked."""
+        if self._pending is not None:
+            self._pending.abandon()
+        elif self._error is None:
+            self.fail(DfsError(ErrorCode.CANCELLED, "abandoned"))
 
     def fail(self, error: DfsError) -> None:
         self._error = error
@@ -111,8 +125,9 @@ class Call(Generic[ReplyT]):
 class _Link:
     """The connection to one server. Invariant: calls wait in ``queue`` only while ``connecting``."""
 
-    def __init__(self, peer: Peer) -> None:
+    def __init__(self, peer: Peer, *, pings: bool) -> None:
         self.peer = peer
+        self.pings = pings
         self.connection: Connection | None = None
         self.connecting = False
         self.queue: deque[Call[Any]] = deque()
@@ -122,7 +137,11 @@ class _Link:
 
 
 class Pool:
-    """Connections to chunkservers; made by :func:`open_pool`. Servers are told apart by id, host and port."""
+    """Connections to chunkservers; made by :func:`open_pool`. Servers are told apart by id, host and port.
+
+    ``pulse`` tells who answers. A connection over which nothing comes although something is owed is closed once the
+    server has left pings unanswered for ``patience_seconds``: what is on its way there fails.
+    """
 
     def __init__(
         self,
@@ -133,14 +152,17 @@ class Pool:
         role: str = CLIENT_ROLE,
         session: int = 0,
         connect: Connect = connect,
+        patience_seconds: float = math.inf,
     ) -> None:
+        self.pulse = Pulse(self.ping, nursery.start_soon)
+        self._patience_seconds = patience_seconds
         self._nursery = nursery
         self._key = key
         self._cluster_id = cluster_id
         self._role = role
         self._session = session
         self._connect = connect
-        self._links: dict[tuple[int, str, int], _Link] = {}
+        self._links: dict[tuple[int, str, int, bool], _Link] = {}
 
     # -- connections -------------------------------------------------------------------------------------------
 
@@ -155,12 +177,21 @@ class Pool:
         trace_id: int = 0,
     ) -> Call[ReplyT]:
         """Sends without waiting, in the order of these calls; a failure shows in :meth:`Call.wait` only."""
+        return self._start(self._link(peer), method, message, payload, timeout, trace_id)
 
+    def _start(
+        self,
+        link: _Link,
+        method: Method[RequestT, ReplyT],
+        message: RequestT,
+        payload: Sequence[Buffer],
+        timeout: float,
+        trace_id: int,
+    ) -> Call[ReplyT]:
         def send(connection: Connection) -> Pending[ReplyT]:
             return connection.start(method, message, payload, timeout=timeout, trace_id=trace_id)
 
         call = Call(trio.current_time() + timeout, send)
-        link = self._link(peer)
         if link.connection is not None and link.connection.lost is None:
             call.send(link.connection)
         elif link.connecting:
@@ -199,6 +230,16 @@ class Pool:
             raise ConnectionLost(f"connection to {peer.host}:{peer.port} lost")
         return connection
 
+    async def ping(self, peer: Peer, timeout: float = CONNECT_SECONDS) -> Pong:
+        """Asks whether the server answers, past all data on its way there; raises :class:`DfsError`."""
+        return (await self._start(self._link(peer, pings=True), protocol.PING, Empty(), (), timeout, 0).wait()).message
+
+    def disconnect(self, peer: Peer, reason: str) -> None:
+        """Fails everything that is on its way to the server; the next request connects anew."""
+        connection = self._link(peer).connection
+        if connection is not None:
+            connection.close(reason)
+
     def is_connected(self, peer: Peer) -> bool:
         connection = self._link(peer).connection
         return connection is not None and connection.lost is None
@@ -209,14 +250,15 @@ class Pool:
 
     def is_suspect(self, peer: Peer) -> bool:
         """Whether it failed lately; such a server is better asked last."""
-        link = self._links.get((peer.server, peer.host, peer.port))
+        link = self._links.get((peer.server, peer.host, peer.port, False))
         return link is not None and trio.current_time() < link.failed_at + SUSPECT_SECONDS
 
-    def _link(self, peer: Peer) -> _Link:
-        key = (peer.server, peer.host, peer.port)
+    def _link(self, peer: Peer, *, pings: bool = False) -> _Link:
+        """``pings``: the connection for those alone, so that no data waits in front of them."""
+        key = (peer.server, peer.host, peer.port, pings)
         link = self._links.get(key)
         if link is None:
-            link = self._links[key] = _Link(peer)
+            link = self._links[key] = _Link(peer, pings=pings)
         return link
 
     async def _run_link(self, link: _Link) -> None:
@@ -236,9 +278,30 @@ class Pool:
         link.backoff, link.error, link.failed_at = 0.0, None, float("-inf")
         while link.queue:
             link.queue.popleft().send(connection)
-        await connection.run()
+        if self._patience_seconds < math.inf and not link.pings:
+            await self._run_watched(link, connection)
+        else:
+            await connection.run()
         if link.connection is connection:
             link.connection = None
+
+    async def _run_watched(self, link: _Link, connection: Connection) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch, link.peer, connection)
+            await connection.run()
+            nursery.cancel_scope.cancel()
+
+    async def _watch(self, peer: Peer, connection: Connection) -> None:
+        """Closes a connection to a server that has stopped to answer."""
+        received = -1
+        while True:
+            await trio.sleep(QUIET_SECONDS)
+            if connection.calls_in_flight and connection.bytes_received == received:
+                self.pulse.watch(peer)
+                silent = self.pulse.silent_seconds(peer.server)
+                if silent >= self._patience_seconds:
+                    connection.close(f"no answer to a ping for {silent:.1f} s")
+            received = connection.bytes_received
 
     def _end_queue(self, link: _Link, error: DfsError) -> None:
         link.connecting = False
@@ -246,6 +309,12 @@ class Pool:
             link.queue.popleft().fail(error)
 
     async def _handshake(self, peer: Peer) -> Connection:
+        with trio.move_on_after(CONNECT_SECONDS):
+            return await self._greet(peer)
+        # The kernel of a machine accepts connections also for a process that is frozen.
+        raise ConnectionLost(f"{peer.host}:{peer.port} did not answer the greeting")
+
+    async def _greet(self, peer: Peer) -> Connection:
         stream = await self._connect(peer.host, peer.port)
         return await connect_handshake(
             stream,

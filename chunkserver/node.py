@@ -43,6 +43,9 @@ TICK_SECONDS = 0.5
 STORED_TICKS = 4
 # Replicas that were not sealed are read back before the first report, if that takes no longer; the rest follows.
 VERIFY_FIRST_SECONDS = 15.0
+# What is passed on to a server that leaves pings unanswered for so long has failed. Longer than a mount's patience (it
+# knows more servers and blames none unfairly), short enough that nothing piles up here.
+PATIENCE_SECONDS = 3.0
 
 
 class Running:
@@ -57,6 +60,7 @@ class Running:
             role=protocol.ROLE,
             session=node.identity.server,
             connect=node.connect,
+            patience_seconds=PATIENCE_SECONDS,
         )
         self.service = Service(self.store, Forwarder(self.pool), lambda: node.identity)
         copier = Copier(self.store, self.pool)

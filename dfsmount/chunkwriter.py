@@ -5,6 +5,7 @@ stable storage on every replica. Answers come in order. What was sent for a chun
 failure nothing more is appended to the chunk (docs/design.md 7.5).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 from uuid import UUID
@@ -14,24 +15,24 @@ import trio
 from chunkserver import protocol as chunk_protocol
 from chunkserver.chunkfile import MAX_ENTRIES, PAYLOAD_CAPACITY, first_chain
 from chunkserver.protocol import Append, AppendReply, Peer
+from chunkserver.pulse import Pulse
 from dfsmount.blocks import Block, encode_parts
 from metaserver.connection import Answer
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import Allocated, ChunkProgress
-from metaserver.wire import Buffer, Empty, Method
+from metaserver.wire import Buffer, Method
 
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
 ReplyT_co = TypeVar("ReplyT_co", covariant=True)
 
-# Who does not answer a ping within this is to blame for a time-out.
-PING_SECONDS = 1.0
-
 
 class Waitable(Protocol[ReplyT_co]):
-    """A request on its way; ``wait`` raises :class:`DfsError`."""
+    """A request on its way; ``wait`` raises :class:`DfsError`. ``abandon``: nobody wants the answer any more."""
 
     async def wait(self) -> ReplyT_co: ...
+
+    def abandon(self) -> None: ...
 
 
 class Failure(NamedTuple):
@@ -43,6 +44,10 @@ class Failure(NamedTuple):
 
 class Requests(Protocol):
     """What is needed of ``chunkserver.client.Pool``."""
+
+    pulse: Pulse
+
+    def disconnect(self, peer: Peer, reason: str) -> None: ...
 
     def start(
         self,
@@ -74,6 +79,11 @@ class Sent:
                 return failure
         return None
 
+    def abandon(self) -> None:
+        """Nobody wants the answers any more: servers need not wait for those that do not answer them."""
+        for append, _ in self._appends:
+            append.abandon()
+
 
 class OpenChunk:
     """A chunk of this session that takes appends.
@@ -94,6 +104,11 @@ class OpenChunk:
         self.failed = False
         self.retired = False
         self.blamed: tuple[int, ...] = ()
+        # On fewer servers than wanted: to be sealed soon, so that it can be copied.
+        self.thin = len(allocated.servers) < allocated.copies
+        self.thin_until = math.inf
+        self._tolerated: frozenset[int] = frozenset()
+        self._tolerated_mute: frozenset[int] = frozenset()
         self.opened_at = self.used_at = trio.current_time()
         self._pool = pool
 
@@ -103,6 +118,18 @@ class OpenChunk:
     @property
     def servers(self) -> tuple[int, ...]:
         return tuple(peer.server for peer in self.peers)
+
+    def tolerates(self, slow: frozenset[int], mute: frozenset[int]) -> None:
+        """It was allocated although these servers were to be avoided, or left out: there were not enough others."""
+        self._tolerated, self._tolerated_mute = slow, mute
+
+    def ends_for(self, mute: frozenset[int]) -> tuple[int, ...]:
+        """Its servers among ``mute``, for which another chunk may do better."""
+        return tuple(server for server in self.servers if server in mute - self._tolerated_mute)
+
+    def is_slowed_by(self, slow: frozenset[int]) -> bool:
+        """Whether another chunk may do without one of ``slow`` that this one has."""
+        return not (slow - self._tolerated).isdisjoint(self.servers)
 
     @property
     def room(self) -> int:
@@ -136,8 +163,8 @@ class OpenChunk:
         try:
             reply = (await append.wait()).message
         except DfsError as error:
-            blamed = await self._silent() if error.code is ErrorCode.TIMEOUT else (first,)
-            return Failure(blamed, error)
+            # The first waits for those behind it: a time-out does not tell who was slow (see lookout).
+            return Failure(() if error.code is ErrorCode.TIMEOUT else (first,), error)
         if reply.failures:
             known = tuple(failure for failure in reply.failures if failure.code != ErrorCode.CANCELLED)
             cause = (known or reply.failures)[0]
@@ -147,21 +174,6 @@ class OpenChunk:
         if ChunkProgress(self.chunk, reached.stored_length, reached.entries, reached.chain) != expected:
             return Failure((first,), DfsError(ErrorCode.CHAIN_MISMATCH, "an append was answered with another state"))
         return None
-
-    async def _silent(self) -> tuple[int, ...]:
-        """The servers of this chunk that do not even answer a ping: the time-out alone does not tell who was slow."""
-        silent: list[int] = []
-
-        async def ping(peer: Peer) -> None:
-            try:
-                await self._pool.start(peer, chunk_protocol.PING, Empty(), timeout=PING_SECONDS).wait()
-            except DfsError:
-                silent.append(peer.server)
-
-        async with trio.open_nursery() as nursery:
-            for peer in self.peers:
-                nursery.start_soon(ping, peer)
-        return tuple(silent)
 
 
 def _code(number: int) -> ErrorCode:

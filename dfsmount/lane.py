@@ -20,6 +20,7 @@ from typing import Protocol
 import structlog
 import trio
 
+from chunkserver.protocol import Peer
 from dfsmount.batch import Batch, Item, Placed, blocker_of
 from dfsmount.chunkwriter import Failure, OpenChunk
 from dfsmount.dirty import LAYER_BYTES
@@ -55,6 +56,7 @@ class Owner(Protocol):
     meta: Meta
     schedule: Schedule
     supply: ChunkSupply
+    append_sent: Signal
     counters: Iterator[int]
     append_seconds: float
     give_up_seconds: float
@@ -68,10 +70,12 @@ class Owner(Protocol):
 
 
 class Lane:
-    """One of the few streams of appends of a mount. ``owner`` (None: everyone's small files) has it to itself."""
+    """One of the few streams of appends of a mount. ``owner`` (None: everyone's small files) has it to itself. It is
+    for files of which ``copies`` are wanted; 0: as many as usual."""
 
-    def __init__(self, number: int, writer: Owner) -> None:
+    def __init__(self, number: int, writer: Owner, copies: int = 0) -> None:
         self.number = number
+        self.copies = copies
         self.owner: FileState | None = None
         self.chunk: OpenChunk | None = None
         self.wake = Signal()
@@ -84,6 +88,8 @@ class Lane:
         # Since when and how often in a row it has failed; both are reset by a success.
         self._failing_since: float | None = None
         self._failures = 0
+        # Around waiting for the answer of the first batch that was sent.
+        self._receiving = trio.CancelScope()
         # How long an append may take: doubled by a time-out, until answers come quickly again. Disks that are slow
         # for everybody must not end one chunk after the other.
         self._append_seconds = writer.append_seconds
@@ -105,8 +111,12 @@ class Lane:
 
     def abandon(self) -> None:
         """The session is over: forgets all batches (their files were told) and the chunk."""
+        for batch in self._sent:
+            if batch.sent is not None:
+                batch.sent.abandon()
         for queue in (self._todo, self._sent, self._answered):
             queue.clear()
+        self._receiving.cancel()
         self.chunk = None
         self.wake.set()
 
@@ -115,6 +125,38 @@ class Lane:
             chunk, self.chunk = self.chunk, None
             self._writer.supply.retire(chunk)
             self._writer.room_lost()
+
+    # -- servers that hold it up -------------------------------------------------------------------------------
+
+    @property
+    def waits_since(self) -> float | None:
+        """When the oldest append without an answer was sent."""
+        return self._sent[0].sent.started if self._sent and self._sent[0].sent is not None else None
+
+    def waits_for(self) -> Iterator[Peer]:
+        """The servers of the chunks with appends that are not answered."""
+        for batch in self._sent:
+            if batch.chunk is not None:
+                yield from batch.chunk.peers
+
+    def do_without(self, mute: frozenset[int], error: DfsError) -> bool:
+        """Ends the chunks that are on servers that do not answer; whether there were any."""
+        ended = [batch.chunk for batch in self._sent if batch.chunk is not None and batch.chunk.ends_for(mute)]
+        if ended:
+            self._chunk_failed(ended[0], Failure(ended[0].ends_for(mute), error))
+            self._receiving.cancel()
+            self.wake.set()
+        if self.chunk is not None and not self.chunk.failed and self.chunk.ends_for(mute):
+            self.retire_chunk()
+            return True
+        return bool(ended)
+
+    def leave(self, slow: frozenset[int]) -> None:
+        """Goes on elsewhere if its chunk is on a slow server."""
+        if self.chunk is not None and self.chunk.is_slowed_by(slow):
+            log.warning("leaving a slow chunk", chunk=repr(self.chunk), slow=sorted(slow))
+            self.retire_chunk()
+            self.wake.set()
 
     # -- sending -----------------------------------------------------------------------------------------------
 
@@ -126,10 +168,14 @@ class Lane:
                 await self.wake.wait()
                 continue
             batch = self._todo[0]
-            if self.chunk is None or not self.chunk.fits(batch.length, batch.blocks):
+            if self.chunk is None or not self._takes(self.chunk, batch):
                 await self._change_chunk(batch)
             else:
                 self._send(self._todo.popleft(), self.chunk)
+
+    @staticmethod
+    def _takes(chunk: OpenChunk, batch: Batch) -> bool:
+        return chunk.fits(batch.length, batch.blocks) and trio.current_time() < chunk.thin_until
 
     def _may_send(self) -> bool:
         if sum(batch.length for batch in self._sent) >= WINDOW_BYTES:
@@ -148,8 +194,9 @@ class Lane:
         batch.sent = chunk.append(blocks, self._writer.counters, self._append_seconds)
         self._sent.append(batch)
         self._has_sent.set()
+        self._writer.append_sent.set()
         # A chunk half full within seconds is part of a stream that will need the next one soon.
-        if chunk.length > chunk.room and trio.current_time() < chunk.opened_at + 10:
+        if chunk.length > chunk.room and trio.current_time() < chunk.opened_at + 10 and not self.copies:
             self._writer.supply.stock_soon()
 
     async def _change_chunk(self, batch: Batch) -> None:
@@ -168,16 +215,16 @@ class Lane:
             self._failing_since = since
             self._give_up(error)
             return
-        if self.idle:
+        if self.idle and not self.copies:
             self._writer.supply.spares.append(chunk)
         else:
             self.chunk = chunk
 
     async def _next_chunk(self, batch: Batch, deadline: float, no_space_deadline: float) -> OpenChunk:
         try:
-            return await self._writer.supply.take(deadline, no_space_deadline)
+            return await self._writer.supply.take(deadline, no_space_deadline, self.copies)
         except DfsError as error:
-            if error.code is ErrorCode.NO_SPACE:
+            if error.code is ErrorCode.NO_SPACE and not self.copies:
                 chunk = self._writer.idle_chunk(batch.length, batch.blocks)
                 if chunk is not None:
                     return chunk
@@ -204,14 +251,18 @@ class Lane:
                 await self._has_sent.wait()
                 continue
             batch = self._sent[0]
-            assert batch.sent is not None
+            sent = batch.sent
+            assert sent is not None
             assert batch.chunk is not None
-            failure = await batch.sent.acknowledged()
-            if not self._sent or self._sent[0] is not batch:
+            failure: Failure | None = None
+            with trio.CancelScope() as self._receiving:
+                failure = await sent.acknowledged()
+            if batch.sent is not sent or not self._sent or self._sent[0] is not batch:
+                # Its chunk has ended meanwhile, or the session.
                 continue
             if failure is None:
                 self._failing_since, self._failures = None, 0
-                if trio.current_time() < batch.sent.started + self._writer.append_seconds / 2:
+                if trio.current_time() < sent.started + self._writer.append_seconds / 2:
                     self._append_seconds = self._writer.append_seconds
                 self._answered.append(self._sent.popleft())
                 self._has_answered.set()
@@ -224,8 +275,7 @@ class Lane:
         log.warning("chunk ended", chunk=repr(chunk), blamed=failure.servers, error=str(failure.error))
         chunk.failed = True
         chunk.blamed = failure.servers
-        # A time-out with nobody to blame: any of them may be the slow one.
-        self._writer.supply.avoid(failure.servers or chunk.servers)
+        self._writer.supply.failed(chunk, failure, trio.current_time())
         if failure.error.code is ErrorCode.TIMEOUT:
             self._append_seconds = min(2 * self._append_seconds, LONGEST_APPEND_SECONDS)
         if self._failing_since is None:
@@ -235,6 +285,8 @@ class Lane:
             self._writer.supply.retire(chunk)
         while self._sent:
             batch = self._sent.pop()
+            if batch.sent is not None:
+                batch.sent.abandon()
             self._leave_chunk(batch)
             self._todo.appendleft(batch)
 

@@ -14,6 +14,7 @@ class Meta(Protocol):
 
     session: int
     cluster_id: str
+    copies: int
 
     async def call(self, method: Method[RequestT, ReplyT], message: RequestT, *, timeout: float = ...) -> ReplyT: ...
 

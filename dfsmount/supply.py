@@ -7,7 +7,8 @@ from uuid import UUID
 import structlog
 import trio
 
-from dfsmount.chunkwriter import OpenChunk, Requests
+from dfsmount.avoided import Avoided
+from dfsmount.chunkwriter import Failure, OpenChunk, Requests
 from dfsmount.jobs import Jobs
 from dfsmount.meta import Meta
 from dfsmount.schedule import BATCH_BYTES
@@ -17,8 +18,9 @@ from metaserver.protocol import Allocate, Seal
 
 log = structlog.get_logger(__name__)
 
-# How long a server that failed an append is avoided; by then the metaserver knows better.
-AVOID_SECONDS = 30.0
+# A chunk on fewer servers than wanted is written to for so long: only then can it be copied. Twice as long each time
+# there are still no more servers.
+THIN_SECONDS, LONGEST_THIN_SECONDS = 10.0, 640.0
 RETRY_FIRST_SECONDS, RETRY_LAST_SECONDS = 0.05, 1.0
 CALL_SECONDS = 10.0
 # Worth asking again: the cluster may come back.
@@ -38,7 +40,8 @@ class ChunkSupply:
         self._pool = pool
         self._host = host
         self._jobs = Jobs()
-        self._avoid: dict[int, float] = {}
+        self._avoided = Avoided()
+        self._thin_seconds = THIN_SECONDS
         self._stocking = trio.Lock()
         self._sealing = 0
         self._sealed = trio.lowlevel.ParkingLot()
@@ -52,20 +55,37 @@ class ChunkSupply:
         """Bytes that can be accepted on the strength of the spares: the end of a chunk may not fit a whole batch."""
         return sum(max(0, chunk.room - BATCH_BYTES) for chunk in self.spares)
 
-    def avoid(self, servers: tuple[int, ...]) -> None:
-        """These servers failed an append."""
-        until = trio.current_time() + AVOID_SECONDS
-        self._avoid.update(dict.fromkeys(servers, until))
+    def failed(self, chunk: OpenChunk, failure: Failure, now: float) -> None:
+        """An append to ``chunk`` failed."""
+        if failure.servers and failure.error.code in PASSING:
+            self.never(frozenset(failure.servers), now)
+        else:
+            # A time-out with nobody to blame: any of them may be the slow one.
+            self._avoided.avoid(failure.servers or chunk.servers, now)
 
-    async def take(self, deadline: float, no_space_deadline: float) -> OpenChunk:
-        """A fresh chunk: a spare, or a new one. Cluster trouble is retried until ``deadline`` (at least once), a full
-        cluster until ``no_space_deadline``; then raises what was the matter."""
+    def never(self, servers: frozenset[int], now: float) -> None:
+        """These servers do not answer."""
+        self._avoided.never(servers, now)
+        for chunk in [chunk for chunk in self.spares if chunk.ends_for(servers)]:
+            self.spares.remove(chunk)
+            self.retire(chunk)
+
+    def avoid(self, servers: frozenset[int], now: float) -> None:
+        """These servers are slow."""
+        self._avoided.avoid(servers, now)
+        for chunk in [chunk for chunk in self.spares if chunk.is_slowed_by(servers)]:
+            self.spares.remove(chunk)
+            self.retire(chunk)
+
+    async def take(self, deadline: float, no_space_deadline: float, copies: int = 0) -> OpenChunk:
+        """A fresh chunk for ``copies`` (0: as many as usual): a spare, or a new one. Cluster trouble is retried until
+        ``deadline`` (at least once), a full cluster until ``no_space_deadline``; then raises what was the matter."""
         delay = RETRY_FIRST_SECONDS
         while True:
-            if self.spares:
+            if self.spares and not copies:
                 return self.spares.popleft()
             try:
-                return await self._allocate()
+                return await self._allocate(copies)
             except DfsError as error:
                 until = no_space_deadline if error.code is ErrorCode.NO_SPACE else deadline
                 if error.code not in PASSING and error.code is not ErrorCode.NO_SPACE:
@@ -105,15 +125,24 @@ class ChunkSupply:
             await trio.sleep(delay)
             delay = min(2 * delay, RETRY_LAST_SECONDS)
 
-    async def _allocate(self) -> OpenChunk:
+    async def _allocate(self, copies: int = 0) -> OpenChunk:
         life = self.life
         now = trio.current_time()
-        avoid = tuple(server for server, until in self._avoid.items() if until > now)
-        request = Allocate(self._host, avoid)
+        avoid = self._avoided.to_avoid(now)
+        pulse = self._pool.pulse
+        never = self._avoided.to_leave_out(now) | {server for server in avoid if pulse.silent_seconds(server)}
+        request = Allocate(self._host, tuple(avoid), copies, tuple(never))
         allocated = await self._meta.call(protocol.ALLOCATE, request, timeout=CALL_SECONDS)
         if life != self.life:
             raise DfsError(ErrorCode.UNAVAILABLE, "the session has changed")
-        return OpenChunk(allocated, UUID(self._meta.cluster_id), self._meta.session, self._pool)
+        chunk = OpenChunk(allocated, UUID(self._meta.cluster_id), self._meta.session, self._pool)
+        chunk.tolerates(avoid, never)
+        if not chunk.thin:
+            self._thin_seconds = THIN_SECONDS
+        else:
+            chunk.thin_until = now + self._thin_seconds
+            self._thin_seconds = min(2 * self._thin_seconds, LONGEST_THIN_SECONDS)
+        return chunk
 
     # -- giving back -------------------------------------------------------------------------------------------
 

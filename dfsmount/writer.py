@@ -15,11 +15,12 @@ import trio
 from dfsmount.chunkwriter import OpenChunk, Requests
 from dfsmount.dirty import LAYER_BYTES
 from dfsmount.filestate import FileState
-from dfsmount.jobs import Signal
+from dfsmount.jobs import Jobs, Signal
 from dfsmount.lane import Lane
+from dfsmount.lookout import Lookout
 from dfsmount.meta import Meta
 from dfsmount.schedule import Delays, Schedule
-from dfsmount.supply import ChunkSupply
+from dfsmount.supply import THIN_SECONDS, ChunkSupply
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import FILE_SIZE_MAX
 
@@ -63,7 +64,10 @@ class Writer:
         self.give_up_seconds = self.options.give_up_seconds
         self.no_space_seconds = self.options.no_space_seconds
         self.supply = ChunkSupply(meta, pool, self.options.host)
+        self.lookout = Lookout(self, pool)
+        self.append_sent = self.lookout.sent
         self.lanes = [Lane(number, self) for number in range(LANES)]
+        self._jobs = Jobs()
         self._files: dict[FileState, None] = {}
         self._credit = 0
         self._memory = trio.lowlevel.ParkingLot()
@@ -74,6 +78,8 @@ class Writer:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.supply.run)
             nursery.start_soon(self._tick)
+            nursery.start_soon(self.lookout.run)
+            nursery.start_soon(self._jobs.run)
             for lane in self.lanes:
                 nursery.start_soon(lane.run)
 
@@ -190,6 +196,8 @@ class Writer:
         full = file.write(offset, data, self.meta.now_ns())
         self.dirty_bytes += file.dirty.cost - before
         self._files[file] = None
+        if not before and file.attributes.copies and file.attributes.copies != self.meta.copies:
+            self._give_lane_of_copies(file)
         if full and file.lane == 0 and file.streamed >= STREAM_BYTES:
             self._give_lane(file)
         if self.schedule.written(file, trio.current_time(), full=full):
@@ -198,16 +206,27 @@ class Writer:
                 self._wake(file)
 
     def _give_lane(self, file: FileState) -> None:
-        for lane in self.lanes[1:]:
+        for lane in self.lanes[1:LANES]:
             if lane.owner is None and lane.idle:
                 lane.owner, file.lane = file, lane.number
                 return
+
+    def _give_lane_of_copies(self, file: FileState) -> None:
+        """A lane for files of which another number of copies is wanted: they share chunks with their like only. Such
+        files are few; what is reserved for usual chunks stands for their bytes, too."""
+        copies = file.attributes.copies
+        lane = next((lane for lane in self.lanes if lane.copies == copies), None)
+        if lane is None:
+            lane = Lane(len(self.lanes), self, copies)
+            self.lanes.append(lane)
+            self._jobs.start(lane.run)
+        file.lane = lane.number
 
     async def _reserve(self, length: int) -> None:
         """Returns when open chunks have room for all that is dirty and ``length`` bytes more."""
         deadline = trio.current_time() + self.give_up_seconds
         while True:
-            lanes = sum(lane.room for lane in self.lanes)
+            lanes = sum(lane.room for lane in self.lanes if not lane.copies)
             unsent = sum(file.dirty.unsent for file in self._files)
             self._credit = lanes + self.supply.room - unsent
             if self._credit >= length:
@@ -227,7 +246,7 @@ class Writer:
     def idle_chunk(self, length: int, blocks: int) -> OpenChunk | None:
         """A chunk with that much room from a lane that does nothing."""
         for lane in self.lanes:
-            if lane.chunk is not None and lane.idle and lane.chunk.fits(length, blocks):
+            if lane.chunk is not None and lane.idle and not lane.copies and lane.chunk.fits(length, blocks):
                 chunk, lane.chunk = lane.chunk, None
                 return chunk
         return None
@@ -247,7 +266,8 @@ class Writer:
 
     async def _tick(self) -> None:
         """Makes ready what has waited long enough, and seals chunks that nothing is written to."""
-        idle_check = trio.current_time() + self.options.idle_seconds
+        idle_seconds = min(self.options.idle_seconds, THIN_SECONDS)
+        idle_check = trio.current_time() + idle_seconds
         while True:
             if self.schedule.waits:
                 await trio.sleep(TICK_SECONDS)
@@ -258,15 +278,18 @@ class Writer:
             if self.schedule.expire(now):
                 self._wake_all()
             if now >= idle_check:
-                self._retire_idle(now - self.options.idle_seconds)
-                idle_check = now + self.options.idle_seconds
+                self._retire_idle(now)
+                idle_check = now + idle_seconds
 
-    def _retire_idle(self, before: float) -> None:
+    def _retire_idle(self, now: float) -> None:
+        before = now - self.options.idle_seconds
         for lane in self.lanes:
-            if lane.idle and lane.chunk is not None and lane.chunk.used_at <= before:
+            if lane.idle and lane.chunk is not None and (lane.chunk.used_at <= before or lane.chunk.thin_until <= now):
                 lane.retire_chunk()
         if not self._files:
-            self.supply.retire_spares()
+            for chunk in [chunk for chunk in self.supply.spares if chunk.opened_at <= before]:
+                self.supply.spares.remove(chunk)
+                self.supply.retire(chunk)
             self._credit = 0
 
     def _wake(self, file: FileState) -> None:

@@ -30,7 +30,7 @@ METASERVER_PUBLISHED = {
         "version",
     )
 }
-CHUNKSERVER_PUBLISHED = {f"chunkserver.{name}" for name in ("protocol", "chunkfile", "client")}
+CHUNKSERVER_PUBLISHED = {f"chunkserver.{name}" for name in ("protocol", "chunkfile", "client", "pulse")}
 # What each package may import of the others.
 ALLOWED = {
     "metaserver": set[str](),

@@ -74,9 +74,23 @@ async def test_call_waits_no_longer_than_told_for_a_connection(autojump_clock: t
     async with open_pool(KEY, "", connect=hang) as pool:
         started = trio.current_time()
         with pytest.raises(DfsError) as error:
-            await pool.call(Peer(1, "h", 1), protocol.PING, Empty(), timeout=7)
+            await pool.call(Peer(1, "h", 1), protocol.PING, Empty(), timeout=2)
         assert error.value.code is ErrorCode.TIMEOUT
-        assert trio.current_time() - started == 7
+        assert trio.current_time() - started == 2
+
+
+async def test_a_greeting_that_is_not_answered_fails_what_waits_for_it(autojump_clock: trio.testing.MockClock) -> None:
+    """The kernel of a machine accepts connections for a process that is frozen."""
+
+    async def hang(host: str, port: int) -> Transport:
+        await trio.sleep(1000)
+        raise AssertionError
+
+    async with open_pool(KEY, "", connect=hang) as pool:
+        started = trio.current_time()
+        with pytest.raises(ConnectionLost, match="greeting"):
+            await pool.call(Peer(1, "h", 1), protocol.PING, Empty(), timeout=100)
+        assert trio.current_time() - started == client.CONNECT_SECONDS
 
 
 async def test_closing_the_pool_ends_calls_that_wait(autojump_clock: trio.testing.MockClock) -> None:

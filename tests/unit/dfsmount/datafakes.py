@@ -17,10 +17,12 @@ from chunkserver import chunkfile
 from chunkserver import protocol as chunk_protocol
 from chunkserver.chunkfile import Entry
 from chunkserver.client import Blocks, verify_blocks
-from chunkserver.protocol import Append, AppendReply, Peer, Progress, ReplicaFailure
+from chunkserver.protocol import Append, AppendReply, Peer, Pong, Progress, ReplicaFailure
+from chunkserver.pulse import Pulse
 from dfsmount.cache import BlockCache
 from dfsmount.extents import ExtentMap
 from dfsmount.filestate import FileState
+from dfsmount.jobs import Jobs
 from dfsmount.reader import Reader, ReaderOptions
 from dfsmount.writer import Writer, WriterOptions
 from metaserver import protocol
@@ -45,6 +47,7 @@ from metaserver.wire import Empty, Method, Response
 
 CLUSTER = UUID(int=7)
 HOST = "127.0.0.1"
+MIB = 1 << 20
 SESSION = 5
 
 
@@ -90,6 +93,9 @@ class FakeServer:
         self.troubles: deque[Trouble] = deque()
         self.down = False
         self.silent = False
+        # Each request takes so much longer; and each that writes to the disk.
+        self.request_seconds = 0.0
+        self.disk_seconds = 0.0
         self.corrupt = False
         self.read_seconds = 0.0
         self.appends = 0
@@ -100,6 +106,9 @@ class FakeCall:
     def __init__(self, outcome: Any, ready_at: float) -> None:
         self._outcome = outcome
         self._ready_at = ready_at
+
+    def abandon(self) -> None:
+        self._outcome = DfsError(ErrorCode.CANCELLED)
 
     async def wait(self) -> Any:
         await trio.sleep_until(self._ready_at)
@@ -115,6 +124,24 @@ class FakePool:
         self.servers = {number: FakeServer(number) for number in range(1, count + 1)}
         self.latency_seconds = 0.001
         self.disk_seconds = 0.0
+        self.jobs = Jobs()
+        self.pulse = Pulse(self.ping, self.jobs.start)
+        self.disconnected: list[int] = []
+
+    def disconnect(self, peer: Peer, reason: str) -> None:
+        self.disconnected.append(peer.server)
+
+    async def ping(self, peer: Peer, timeout: float = 3.0) -> Pong:
+        server = self.servers[peer.server]
+        started = trio.current_time()
+        while server.silent:
+            await trio.sleep(0.1)
+            if trio.current_time() > started + timeout:
+                raise DfsError(ErrorCode.TIMEOUT)
+        await trio.sleep(self.latency_seconds + server.request_seconds)
+        if server.down:
+            raise ConnectionLost("down")
+        return Pong(int(1000 * max(server.disk_seconds, self.disk_seconds)))
 
     def start(
         self,
@@ -131,8 +158,6 @@ class FakePool:
             return FakeCall(ConnectionLost("down"), now + self.latency_seconds)
         if server.silent:
             return FakeCall(DfsError(ErrorCode.TIMEOUT), now + timeout)
-        if method is chunk_protocol.PING:
-            return FakeCall(Empty(), now + self.latency_seconds)
         assert method is chunk_protocol.APPEND
         try:
             outcome, seconds = self._append(server, message, b"".join(payload))
@@ -159,6 +184,7 @@ class FakePool:
         failures, seconds = self._forward(request, payload)
         if trouble is Trouble.LOSE:
             raise ConnectionLost("answer lost")
+        seconds = max(seconds, server.disk_seconds) + server.request_seconds
         return AppendReply(replica.progress, failures), seconds + (2.0 if trouble is Trouble.SLOW else 0.0)
 
     def _forward(self, request: Append, payload: bytes) -> tuple[tuple[ReplicaFailure, ...], float]:
@@ -177,7 +203,10 @@ class FakePool:
     async def read(self, peer: Peer, chunk: int, offset: int, length: int, *, timeout: float = 10.0) -> Blocks:
         server = self.servers[peer.server]
         server.reads.append((chunk, offset, length))
-        await trio.sleep(min(self.latency_seconds + server.read_seconds, timeout))
+        await trio.sleep(min(self.latency_seconds + server.read_seconds + server.request_seconds, timeout))
+        if server.silent:
+            await trio.sleep(timeout)
+            raise DfsError(ErrorCode.TIMEOUT)
         if server.down:
             raise ConnectionLost("down")
         if server.read_seconds >= timeout:
@@ -215,6 +244,7 @@ class FakeMeta:
         self.cluster_id = str(CLUSTER)
         self.pool = pool
         self.copies = copies
+        self.min_copies = 1
         self.latency_seconds = 0.001
         self.files: dict[int, Attributes] = {}
         self.maps: dict[int, ExtentMap] = {}
@@ -296,7 +326,10 @@ class FakeMeta:
 
     def _allocate(self, message: protocol.Allocate) -> Allocated:
         up = [n for n, server in self.pool.servers.items() if not server.down]
+        others = [n for n in up if n not in message.never]
+        up = others if len(others) >= self.min_copies else up
         wanted = [n for n in up if n not in message.avoid]
+        copies = message.copies or self.copies
         if not up:
             raise DfsError(ErrorCode.UNAVAILABLE, "no server")
         if self.space < protocol.CHUNK_CAPACITY:
@@ -305,10 +338,10 @@ class FakeMeta:
         self._next += 1
         first = self._next % max(1, len(wanted))
         others = [n for n in up if n in message.avoid]
-        chosen = tuple((wanted[first:] + wanted[:first] + others)[: self.copies])
+        chosen = tuple((wanted[first:] + wanted[:first] + others)[:copies])
         self.chunks[self._next] = FakeChunk(chosen)
         addresses = tuple(ServerAddress(number, HOST, 1000 + number, "", 1) for number in chosen)
-        return Allocated(self._next, addresses, self.copies)
+        return Allocated(self._next, addresses, copies)
 
     def _commit(self, message: Commit) -> Committed:
         assert sum(len(file.extents) + 1 for file in message.files) <= protocol.COMMIT_EXTENTS
@@ -440,6 +473,7 @@ async def open_bench(
     meta = FakeMeta(pool, copies)
     bench = Bench(pool, meta, Writer(meta, pool, writing), Reader(meta, pool, BlockCache(cache_bytes), reading))
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(pool.jobs.run)
         nursery.start_soon(bench.writer.run)
         nursery.start_soon(bench.reader.run)
         yield bench
