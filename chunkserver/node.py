@@ -167,6 +167,7 @@ class Node:
                 table.bytes_read,
                 table.bytes_written,
                 self._stored,
+                table.spare,
             )
         )
 

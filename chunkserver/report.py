@@ -52,6 +52,7 @@ class Snapshot(NamedTuple):
     read_bytes: int
     written_bytes: int
     stored: int = -1
+    spare: int = 0
 
 
 class Parcel(NamedTuple):
@@ -296,6 +297,7 @@ def make_heartbeat(incarnation: int, number: int, snapshot: Snapshot, parcel: Pa
         snapshot.read_bytes,
         snapshot.written_bytes,
         stored=snapshot.stored,
+        spare=snapshot.spare,
     )
 
 

@@ -169,6 +169,12 @@ class Table:
         """Bytes that chunks may still take."""
         return max(0, self._space.free - self.reserve_bytes)
 
+    @property
+    def spare(self) -> int:
+        """Bytes of the reserve that may be used for what frees bytes in the end: half of it, as far as it is there."""
+        half = self.reserve_bytes // 2
+        return min(self.reserve_bytes - half, max(0, self._space.free - half))
+
     def measure_space(self) -> None:
         """Asks the disk; called now and then, and before an append is refused."""
         self._space = self.disk.space()

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dfsmount.dfs_chunks import FileView, PieceView
-from metaserver.protocol import ChunkHealth, ServerStatus, SessionStatus, Status
+from metaserver.protocol import ChunkHealth, CleanerStatus, ServerStatus, SessionStatus, Status
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -83,11 +83,22 @@ def summary_lines(status: Status, http: str) -> list[str]:
         + count_text(status.inodes, "inode"),
         f"chunks      {chunks_text(status.chunks)}",
         *([f"at work     {work_text(status)}"] if status.tasks or status.orders else []),
+        *([f"cleaner     {cleaner_text(status.cleaner)}"] if cleaner_text(status.cleaner) else []),
     ]
 
 
 def work_text(status: Status) -> str:
     return f"{count_text(status.tasks, 'background task')}, {count_text(status.orders, 'order')} to chunkservers"
+
+
+def cleaner_text(cleaner: CleanerStatus) -> str:
+    """What the cleaner does and has done; "" if there is nothing to tell."""
+    if not (cleaner.cleaning or cleaner.candidates):
+        return ""
+    return (
+        f"rewriting {count_text(cleaner.cleaning, 'chunk')}, {count_text(cleaner.candidates, 'chunk')} with "
+        f"{bytes_text(cleaner.dead_bytes)} dead; {count_text(cleaner.freed_chunks, 'chunk')} freed so far"
+    )
 
 
 def chunks_text(chunks: ChunkHealth) -> str:

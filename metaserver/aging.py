@@ -1,5 +1,5 @@
-"""What happens by itself: the lived clock, silent servers and sessions, tasks, repair. Nothing of it in the reconnect
-window, and nothing at all but the clock while this metaserver knows itself to be rolled back."""
+"""What happens by itself: the lived clock, silent servers and sessions, tasks, repair, cleaning. Nothing of it in
+the reconnect window, and nothing at all but the clock while this metaserver knows itself to be rolled back."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ import structlog
 import trio
 
 from metaserver.changes import Changes
+from metaserver.cleaner import Cleaner
 from metaserver.clock import LivedClock
 from metaserver.config import Config
 from metaserver.errors import DfsError
@@ -23,6 +24,7 @@ log = structlog.get_logger(__name__)
 # Twice in a heartbeat's time, so that DOWN comes in time.
 TICKS_PER_HEARTBEAT = 2
 REPAIR_SECONDS = 1.0
+CLEAN_SECONDS = 1.0
 
 
 class Aging:
@@ -36,6 +38,7 @@ class Aging:
         resuming: Resuming,
         tasks: Tasks,
         repair: Repair,
+        cleaner: Cleaner,
     ) -> None:
         self._config = config
         self._clock = clock
@@ -45,6 +48,7 @@ class Aging:
         self._resuming = resuming
         self._tasks = tasks
         self._repair = repair
+        self._cleaner = cleaner
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -54,6 +58,7 @@ class Aging:
             nursery.start_soon(self._tasks.run)
             nursery.start_soon(self._end_overdue)
             nursery.start_soon(self._keep_repairing)
+            nursery.start_soon(self._keep_cleaning)
 
     async def _tick(self) -> None:
         while True:
@@ -86,6 +91,13 @@ class Aging:
             if not self._changes.refusing:
                 with _tried_again("repair"):
                     await self._repair.tick(unknown_may_go=not self._sessions.missing)
+
+    async def _keep_cleaning(self) -> None:
+        while True:
+            await trio.sleep(CLEAN_SECONDS)
+            if not self._changes.refusing:
+                with _tried_again("cleaning"):
+                    await self._cleaner.tick()
 
 
 @contextmanager

@@ -100,8 +100,8 @@ def _check_range(tx: Transaction, ino: int, offset: int, row: ExtentRow) -> Find
         yield Problem("EXTENTS", where, f"is in chunk {row.chunk:x}, which does not exist")
         return
     chunk = Chunk.unpack(value)
-    if chunk.state == ChunkState.DEAD:
-        yield Problem("EXTENTS", where, f"is in chunk {row.chunk:x}, which is dead")
+    if chunk.state in (ChunkState.DEAD, ChunkState.FILLING):
+        yield Problem("EXTENTS", where, f"is in chunk {row.chunk:x}, which is {ChunkState(chunk.state).name.lower()}")
     if row.chunk_offset + row.length > chunk.length:
         yield Problem("EXTENTS", where, f"passes the {chunk.length} bytes of chunk {row.chunk:x}")
 
@@ -145,6 +145,8 @@ def _check_chunk(tx: Transaction, number: int, chunk: Chunk) -> Findings:
         yield Problem("CHUNKS", where, "is sealed, and nothing refers to it: it should be dead")
     if chunk.state == ChunkState.DEAD and chunk.live:
         yield Problem("CHUNKS", where, f"is dead with {chunk.live} live bytes")
+    if chunk.state == ChunkState.FILLING and chunk.live:
+        yield Problem("CHUNKS", where, f"is being filled, and {chunk.live} live bytes refer to it")
     if chunk.state == ChunkState.OPEN:
         if tx.get(Table.SESSIONS, session_key(chunk.owner)) is None:
             yield Problem("CHUNKS", where, f"is open, and its session {chunk.owner} does not exist")

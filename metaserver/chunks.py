@@ -8,6 +8,7 @@ deleted, and its row goes with the last of them.
 import struct
 from collections.abc import Callable, Iterable, Sequence
 
+from metaserver.cleaning import WORTH
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import CHUNK_CAPACITY, ChunkPlace, ChunkProgress, ChunkState, ReplicaState
 from metaserver.schema import (
@@ -178,8 +179,8 @@ def doubt(tx: Transaction, chunk: int, server: int) -> bool:
 
 
 def settle(tx: Transaction, live: dict[int, int]) -> list[int]:
-    """Adds changes of live bytes to their chunks; returns the chunks that are DEAD by that."""
-    dead = []
+    """Adds changes of live bytes to their chunks; returns the chunks that are DEAD by that, or worth cleaning now."""
+    found = []
     for chunk, change in live.items():
         if change == 0:
             continue
@@ -189,9 +190,11 @@ def settle(tx: Transaction, live: dict[int, int]) -> list[int]:
         row.live += change
         if row.live == 0 and row.state == ChunkState.SEALED:
             move(row, ChunkState.DEAD)
-            dead.append(chunk)
+            found.append(chunk)
+        elif row.live < row.length * WORTH <= row.live - change and row.state == ChunkState.SEALED:
+            found.append(chunk)
         save(tx, chunk, row)
-    return dead
+    return found
 
 
 def place(tx: Transaction, chunk: int, rank: Rank) -> ChunkPlace:

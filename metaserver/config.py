@@ -45,6 +45,8 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     rebalance_bytes_per_second: Positive = 16 << 20
     # 0: never by itself.
     rebalance_threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.1
+    # 0: never.
+    clean_bytes_per_second: Annotated[int, msgspec.Meta(ge=0)] = 16 << 20
     log: Log = msgspec.field(default_factory=Log)
 
     @property

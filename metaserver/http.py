@@ -47,6 +47,7 @@ class ServiceMetrics(Collector):
         yield self._requests()
         yield CounterMetricFamily("metaserver_flushes", "FLUSH pushes sent", service.flushing.asked)
         yield CounterMetricFamily("metaserver_flushes_given_up", "FLUSH not answered", service.flushing.given_up)
+        yield from self._cleaner()
         yield from self._servers()
 
     def _requests(self) -> Metric:
@@ -54,6 +55,15 @@ class ServiceMetrics(Collector):
         for number, count in sorted(self._service.counts.items()):
             family.add_metric([self._service.table[number].method.name], count)
         return family
+
+    def _cleaner(self) -> Iterable[Metric]:
+        cleaner = self._status.cleaner()
+        yield GaugeMetricFamily("metaserver_cleanable_chunks", "Chunks worth rewriting", cleaner.candidates)
+        yield GaugeMetricFamily("metaserver_dead_bytes", "What rewriting them would free", cleaner.dead_bytes)
+        yield GaugeMetricFamily("metaserver_chunks_being_cleaned", "Chunks being rewritten", cleaner.cleaning)
+        yield CounterMetricFamily("metaserver_cleaned_chunks", "Chunks freed by rewriting", cleaner.freed_chunks)
+        yield CounterMetricFamily("metaserver_cleaning_moved_bytes", "Bytes rewritten", cleaner.moved_bytes)
+        yield CounterMetricFamily("metaserver_cleaning_failures", "Attempts that failed", cleaner.failed)
 
     def _servers(self) -> Iterable[Metric]:
         up = GaugeMetricFamily("metaserver_chunkserver_up", "1 if the server is up", labels=["server", "name"])

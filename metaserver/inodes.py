@@ -29,9 +29,9 @@ Openers = Callable[[int], Collection[int]]
 
 
 class Effects(msgspec.Struct):
-    """What a change brought about besides its rows, for those who must act on it once it has succeeded: DEAD chunks,
-    others that may need something, inodes whose attributes nobody knows who changed them, new orphans, new tasks, and
-    how many inodes are no more."""
+    """What a change brought about besides its rows, for those who must act on it once it has succeeded: chunks that are
+    DEAD or worth cleaning now, others that may need something, inodes whose attributes nobody knows who changed them,
+    new orphans, new tasks, and how many inodes are no more."""
 
     dead: list[int] = []
     chunks: list[int] = []

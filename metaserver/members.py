@@ -258,11 +258,13 @@ class Members:
     def addresses(self, servers: Iterable[int]) -> tuple[ServerAddress, ...]:
         return tuple(self.by_id[server].address() for server in servers if server in self.by_id)
 
-    def candidates(self) -> list[Candidate]:
-        """Servers that take new data."""
+    def candidates(self, *, makes_room: bool = False) -> list[Candidate]:
+        """Servers that take new data; with ``makes_room`` what leads to space being freed, and has the spare for it."""
         rooms = self._rooms()
         return [
-            member.candidate(rooms[member.device]) for member in self.by_id.values() if member.works and member.usable
+            member.candidate(rooms[member.device] + (member.spare if makes_room else 0))
+            for member in self.by_id.values()
+            if member.works and (member.usable or makes_room)
         ]
 
     def place_new(
@@ -299,12 +301,18 @@ class Members:
         return space.chunk_limit(room, needed)
 
     def place_copy(
-        self, beside: Iterable[int], needed: int, avoid: Collection[int] = (), without: Collection[int] = ()
+        self,
+        beside: Iterable[int],
+        needed: int,
+        avoid: Collection[int] = (),
+        without: Collection[int] = (),
+        *,
+        makes_room: bool = False,
     ) -> int:
         """A server for one more replica of a chunk that has some; 0: none. ``avoid`` only if there is no other,
-        ``without`` never."""
+        ``without`` never; ``makes_room`` as in :meth:`candidates`."""
         others = [self.by_id[server].candidate() for server in beside if server in self.by_id]
-        candidates = [one for one in self.candidates() if one.server not in without]
+        candidates = [one for one in self.candidates(makes_room=makes_room) if one.server not in without]
         chosen = choose(candidates, 1, self._random, beside=others, needed=space.footprint(needed), avoid=avoid)
         return chosen[0] if chosen else 0
 

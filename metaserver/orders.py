@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from metaserver.pacing import Meter, Pace
 from metaserver.planning import Kind
-from metaserver.protocol import CompactSource, CopySource, Order, OrderKind, ServerAddress
+from metaserver.protocol import ChunkState, CompactSource, CopySource, Order, OrderKind, ServerAddress
 from metaserver.schema import Chunk
 
 # Orders of one kind under way at one server, except copies, which have a figure of their own.
@@ -93,6 +93,7 @@ class Orders:
         order = Order(self._next, epoch, kind, chunk)
         if row is not None:
             order.length, order.entries, order.chain = row.length, row.entries, row.chain
+            order.makes_room = row.state == ChunkState.FILLING
         if source is not None:
             order.source_server, order.source_host, order.source_port = source.server, source.host, source.port
             self._charge(server, source.server, order.length, now, move=step is Kind.MOVE)

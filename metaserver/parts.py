@@ -7,6 +7,7 @@ from random import Random
 from metaserver import chunks, inodes
 from metaserver.aging import Aging
 from metaserver.changes import Changes
+from metaserver.cleaner import Cleaner
 from metaserver.clock import LivedClock
 from metaserver.commit import Committer
 from metaserver.config import Config
@@ -45,6 +46,8 @@ class Parts:
         committer.on_failure = lambda: sessions.cut_off("the metaserver cannot go on")
         self.members = members = Members(config.heartbeat_seconds, config.lost_after_seconds, random or Random())
         self.repair = repair = Repair(committer, config, members, clock, sessions.retire)
+        self.cleaner = cleaner = Cleaner(committer, config, members, repair, clock, now_ns)
+        repair.noted, repair.compacted = cleaner.note, cleaner.result
         self.tasks = tasks = Tasks(committer, config, members)
         self.changes = changes = Changes(
             committer, config, clock, sessions, members, repair, tasks, steady_ns or now_ns
@@ -59,9 +62,9 @@ class Parts:
         )
         self.control = Control(committer, config, cluster_id, clock, members, repair, changes, resuming.window, service)
         self.status = StatusReader(
-            committer, config, cluster_id, clock, sessions, members, repair, tasks, changes, service
+            committer, config, cluster_id, clock, sessions, members, repair, tasks, changes, service, cleaner
         )
-        self.aging = Aging(config, clock, sessions, members, changes, resuming, tasks, repair)
+        self.aging = Aging(config, clock, sessions, members, changes, resuming, tasks, repair, cleaner)
 
     def load(self) -> None:
         """Makes the root of a new cluster; takes up servers, open chunks, tasks, sessions and orphans."""
@@ -79,6 +82,7 @@ class Parts:
         self.sessions.orphans.update(orphans)
         kept, _ = self.committer.read(0, lambda tx: tx.get(Table.COUNTERS, KEPT_CHUNKS))
         self.repair.kept_below = 0 if kept is None else read_u64(kept)
+        self.cleaner.load()
         self.resuming.load(self.tasks.load())
 
     def client(self) -> Client:

@@ -68,7 +68,7 @@ class Hints(NamedTuple):
 
 def plan(chunk: int, row: Chunk, replicas: Replicas, members: Members, hints: Hints) -> Step | None:
     """The next step for a chunk on which no order is under way; None: it needs nothing that can be done now."""
-    if row.state == ChunkState.OPEN:
+    if row.state == ChunkState.OPEN or (row.state == ChunkState.FILLING and not row.entries):
         return None
     up = [(server, replica) for server, replica in replicas if _is_up(members, server)]
     for server, replica in up:
@@ -83,6 +83,11 @@ def good_copies(replicas: Replicas, members: Members) -> tuple[int, int]:
     """How many replicas are good, and how many of those are on servers that are up: the fewest are the most urgent."""
     good = [server for server, replica in replicas if replica.good and not is_lost(members, server)]
     return len(good), sum(_is_up(members, server) for server in good)
+
+
+def sure(row: Chunk, replicas: Replicas, members: Members) -> list[int]:
+    """Servers that certainly have the chunk, exactly, and can be asked for it."""
+    return [server for server, one in replicas if _is_up(members, server) and _confirmed(row, server, one, members)]
 
 
 def plan_shift(chunk: int, row: Chunk, replicas: Replicas, members: Members, giving: int, taking: int) -> Step | None:
@@ -207,7 +212,9 @@ class _Copies:
         # What is to leave its server takes up no host or rack.
         leaving = {server for server in self.sure if _drains(self.members, server)}
         beside = [server for server in self.everywhere if server not in leaving]
-        return self.members.place_copy(beside, self.row.length, self.hints.avoid, without=leaving)
+        return self.members.place_copy(
+            beside, self.row.length, self.hints.avoid, without=leaving, makes_room=self.row.state == ChunkState.FILLING
+        )
 
     def _superfluous(self) -> Step | None:
         """What may go because enough others are known to be right."""

@@ -69,6 +69,9 @@ _BAD_SOURCE = frozenset({*_USELESS, ErrorCode.IO.name})
 # A copy fails like this because of where it goes, not because of where it comes from.
 _TARGETS_FAULT = frozenset({ErrorCode.DISK_FULL.name, ErrorCode.NO_SPACE.name, ErrorCode.EXISTS.name})
 
+# Chunks whose replicas are compared with their rows and copied: FILLING ones once they are made.
+_FINISHED = (ChunkState.SEALED, ChunkState.FILLING)
+
 Urgency = tuple[int, int]
 
 
@@ -115,6 +118,9 @@ class Repair:
         self._walked = 0
         # After a rebuild: a server that took no part in it may have the only copy of what is unknown here.
         self.kept_below = 0
+        # The cleaner's: what was looked at, and what has become of COMPACT orders.
+        self.noted: Callable[[int, Chunk], None] = lambda chunk, row: None
+        self.compacted: Callable[[Order, int, OrderResult], None] = lambda order, server, result: None
 
     def __len__(self) -> int:
         return len(self.orders)
@@ -198,6 +204,9 @@ class Repair:
         if outstanding is None:
             return
         order = outstanding.order
+        if order.kind == OrderKind.COMPACT:
+            self.compacted(order, server, result)
+            return
         if result.error:
             self._failed(outstanding, result)
         else:
@@ -309,6 +318,7 @@ class Repair:
         if looked.row.state == ChunkState.OPEN:
             self._end_damaged(chunk, looked.row, looked.replicas)
             return
+        self.noted(chunk, looked.row)
         step = self._plan(chunk, looked.row, looked.replicas)
         if step is not None:
             self._queues[step.kind.group].put(chunk, good_copies(looked.replicas, self._members))
@@ -450,7 +460,7 @@ def _apply_result(tx: Transaction, server: int, order: Order, result: OrderResul
         if result.error in ("", ErrorCode.NO_SUCH_CHUNK.name):
             chunks.drop_replica(tx, order.chunk, server)
         return
-    if replica.state == ReplicaState.DELETING or row.state != ChunkState.SEALED:
+    if replica.state == ReplicaState.DELETING or row.state not in _FINISHED:
         return
     if not result.error:
         found = result.replica

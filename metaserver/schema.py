@@ -24,13 +24,14 @@ XATTRS     ino u64, name                  value, 0 to 64 KiB.
 EXTENTS    ino u64, file offset u64       :class:`ExtentRow`: length u64, chunk u64, chunk offset u32. No two of one
                                           inode overlap; none passes its size, unless a TRUNCATE task will cut it;
                                           neighbours that continue each other in file and chunk are one row; the chunk
-                                          exists, is not DEAD, and the range lies within its length.
+                                          exists, is OPEN or SEALED, and the range lies within its length.
 BY_CHUNK   chunk u64, chunk offset u32,   length u64: exactly one row per EXTENTS row.
            ino u64, file offset u64
 CHUNKS     chunk u64                      :class:`Chunk`. length, entries and chain are what is committed (OPEN) or
                                           final (SEALED). live is the sum of its BY_CHUNK lengths. owner is the
                                           session that writes it (OPEN), else 0. FILLING: made by the cleaner, live
-                                          is 0 and owner 0. A SEALED chunk with live 0 becomes
+                                          is 0 and owner 0; length 0 until it is made.
+                                          A SEALED chunk with live 0 becomes
                                           DEAD in the same transaction; a DEAD one disappears with its last REPLICAS
                                           row.
 REPLICAS   chunk u64, server u32          :class:`Replica`: state (``protocol.ReplicaState``), fragment 0, length,

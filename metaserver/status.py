@@ -8,6 +8,7 @@ import trio
 
 from metaserver import chunks, contents, inodes
 from metaserver.changes import Changes
+from metaserver.cleaner import Cleaner
 from metaserver.clock import LivedClock
 from metaserver.commit import Committer
 from metaserver.config import Config
@@ -15,6 +16,7 @@ from metaserver.members import Members
 from metaserver.protocol import (
     ChunkHealth,
     ChunkState,
+    CleanerStatus,
     ExtentStatus,
     FileStatus,
     GetExtents,
@@ -54,6 +56,7 @@ class StatusReader:
         tasks: Tasks,
         changes: Changes,
         service: Service,
+        cleaner: Cleaner,
     ) -> None:
         self._committer = committer
         self._config = config
@@ -65,6 +68,7 @@ class StatusReader:
         self._tasks = tasks
         self._changes = changes
         self._service = service
+        self._cleaner = cleaner
         self._counting = trio.Lock()
         self._health = ChunkHealth(0, 0, 0, 0, 0, 0)
         self._counted = float("-inf")
@@ -89,7 +93,11 @@ class StatusReader:
             len(self._tasks),
             len(self._repair),
             self._changes.refusing,
+            cleaner=self.cleaner(),
         )
+
+    def cleaner(self) -> CleanerStatus:
+        return self._cleaner.status()
 
     def servers(self) -> list[ServerStatus]:
         return [
@@ -208,6 +216,8 @@ class StatusReader:
 
 
 def _add(counts: ChunkHealth, row: Chunk, good: int) -> None:
+    if row.state == ChunkState.FILLING:
+        return
     if row.state == ChunkState.DEAD:
         counts.dead += 1
         return
