@@ -1,7 +1,7 @@
 """What happens by itself: the lived clock, silent servers and sessions, tasks, repair, cleaning. Nothing of it in
 the reconnect window, and nothing at all but the clock while this metaserver knows itself to be rolled back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import structlog
@@ -39,6 +39,7 @@ class Aging:
         tasks: Tasks,
         repair: Repair,
         cleaner: Cleaner,
+        chores: Sequence[Callable[[], None]],
     ) -> None:
         self._config = config
         self._clock = clock
@@ -49,6 +50,8 @@ class Aging:
         self._tasks = tasks
         self._repair = repair
         self._cleaner = cleaner
+        # More of what goes on by itself, each bounded.
+        self._chores = chores
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -91,6 +94,9 @@ class Aging:
             if not self._changes.refusing:
                 with _tried_again("repair"):
                     await self._repair.tick(unknown_may_go=not self._sessions.missing)
+                for chore in self._chores:
+                    with _tried_again("moving data"):
+                        chore()
 
     async def _keep_cleaning(self) -> None:
         while True:

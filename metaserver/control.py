@@ -56,6 +56,8 @@ class Control:
     async def register(self, told: Register) -> Registered:
         """Takes a (re)started server in; returns once that is durable."""
         self._members.check_register(told, self._cluster_id)
+        if self._service.tasks.removing(told.server):
+            raise DfsError(ErrorCode.BUSY, f"server {told.server} is being removed: try again in a moment")
         self._check_rollback(told)
         known = self._members.by_id.get(told.server)
         row = self._members.register(told, self._clock.seconds)

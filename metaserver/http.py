@@ -13,10 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from metaserver.admin import Admin
+from metaserver.admin import routes as admin_routes
 from metaserver.control import Control
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.httpserver import json_reply, protected, read_json
 from metaserver.key import ClusterKey
+from metaserver.planning import Group
 from metaserver.protocol import Heartbeat, Register, ReportPage
 from metaserver.service import Service
 from metaserver.status import StatusReader
@@ -41,6 +44,7 @@ class ServiceMetrics(Collector):
             "open_chunks": ("Chunks being written", len(service.members.open_chunks)),
             "orders": ("Orders under way", len(service.repair)),
             "tasks": ("Tasks that continue in steps", len(service.tasks)),
+            **self._moving(),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"metaserver_{name}", text, float(value))
@@ -49,6 +53,16 @@ class ServiceMetrics(Collector):
         yield CounterMetricFamily("metaserver_flushes_given_up", "FLUSH not answered", service.flushing.given_up)
         yield from self._cleaner()
         yield from self._servers()
+
+    def _moving(self) -> dict[str, tuple[str, float]]:
+        repair = self._service.repair
+        return {
+            "copies_waiting": ("Chunks whose next copy waits for its turn", repair.waiting(Group.COPIES)),
+            "moves_waiting": ("Chunks that wait to leave a draining server", repair.waiting(Group.MOVES)),
+            "shifts_waiting": ("Chunks that wait to be better placed", repair.waiting(Group.SHIFTS)),
+            "deletions_waiting": ("Chunks with replicas that wait to be deleted", repair.waiting(Group.DELETIONS)),
+            "copied_bytes_per_second": ("Copied between chunkservers of late", repair.copy_rate),
+        }
 
     def _requests(self) -> Metric:
         family = CounterMetricFamily("metaserver_requests", "Requests by method", labels=["method"])
@@ -79,6 +93,7 @@ def make_app(
     service: Service,
     control: Control,
     status: StatusReader,
+    admin: Admin,
     key: ClusterKey | None,
 ) -> Starlette:
     """The application; every path but ``/health`` needs the token of ``key``."""
@@ -135,6 +150,7 @@ def make_app(
         Route("/v1/files/{ino}", show_file),
         Route("/v1/check", show_check),
         Route("/v1/snapshot", make_snapshot, methods=["POST"]),
+        *admin_routes(admin),
         Route("/servers", servers),
         Route("/health", health),
         Route("/metrics", metrics),

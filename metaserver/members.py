@@ -186,7 +186,7 @@ class Members:
         else:
             # The chunks being written may outlive a server that was removed, and comes back.
             open_there = (chunk for chunk in self.open_chunks.values() if told.server in chunk.servers)
-            member.reserved = sum(CHUNK_CAPACITY - chunk.length for chunk in open_there)
+            member.reserved = sum(chunk.reserved for chunk in open_there)
         self.by_id[told.server] = member
         return row
 
@@ -205,11 +205,6 @@ class Members:
         if text.isdecimal() and int(text) in self.by_id:
             return self.by_id[int(text)]
         raise DfsError(ErrorCode.NOT_FOUND, f"no server has the name or number {text}")
-
-    def set_draining(self, server: int, *, draining: bool) -> None:
-        """As its row says, which is a new one."""
-        member = self.by_id[server]
-        member.row = msgspec.structs.replace(member.row, draining=draining)
 
     def require(self, server: int, incarnation: int) -> Member | None:
         """The member in this life of its process; None: it must register (again)."""
@@ -340,6 +335,11 @@ class Members:
             space.placeable((space.Volume(max(sizes), len(sizes)) for sizes in total.values()), copies),
             space.placeable((space.Volume(sizes[0], len(sizes)) for sizes in free.values()), copies),
         )
+
+    def room_on(self, servers: Iterable[int]) -> int:
+        """Bytes free and not reserved on these together."""
+        rooms = self._rooms()
+        return sum(rooms[device] for device in {self.by_id[server].device for server in servers})
 
     def is_short(self, copies: int) -> bool:
         """Whether what is not needed should be given back at once."""

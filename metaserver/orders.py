@@ -47,7 +47,7 @@ class Orders:
     """Invariant: ``_by_chunk`` and ``_orders`` hold the same orders, and ``_at`` and ``_from`` count them by server and
     kind, and by where a copy comes from. Times are on the lived clock."""
 
-    def __init__(self, copies_per_server: int, bytes_per_second: float, moved_bytes_per_second: float) -> None:
+    def __init__(self, copies_per_server: int, bytes_per_second: float, shifted_bytes_per_second: float) -> None:
         self._copies_per_server = copies_per_server
         self._next = 0
         self._orders: dict[int, Outstanding] = {}
@@ -56,9 +56,11 @@ class Orders:
         self._from: Counter[int] = Counter()
         self._failures: dict[int, Failures] = {}
         self._answered: dict[int, float] = {}
-        # Both ends of a copy are charged; moves are slower, and charged for as copies too.
+        # Both ends of a copy are charged; what need not be soon is slower, and charged for as copies too.
         self._copies = Pace(bytes_per_second)
-        self._moves = Pace(moved_bytes_per_second)
+        self._shifts = Pace(shifted_bytes_per_second)
+        # Somebody waits for the shifts.
+        self.hurried = False
         self.copied = Meter()
 
     def __len__(self) -> int:
@@ -96,7 +98,7 @@ class Orders:
             order.makes_room = row.state == ChunkState.FILLING
         if source is not None:
             order.source_server, order.source_host, order.source_port = source.server, source.host, source.port
-            self._charge(server, source.server, order.length, now, move=step is Kind.MOVE)
+            self._charge(server, source.server, order.length, now, slow=step is Kind.SHIFT)
         if sources:
             order.sources = sources
         order.others = [CopySource(other.server, other.host, other.port) for other in others]
@@ -111,22 +113,23 @@ class Orders:
         if order.source_server:
             self._from[order.source_server] += change
 
-    def _charge(self, server: int, source: int, length: int, now: float, *, move: bool) -> None:
+    def _charge(self, server: int, source: int, length: int, now: float, *, slow: bool) -> None:
         for end in (server, source):
             self._copies.charge(end, length, now)
-            if move:
-                self._moves.charge(end, length, now)
+            if slow:
+                self._shifts.charge(end, length, now)
 
     def room_for(self, server: int, kind: OrderKind) -> bool:
         """Whether one more may be under way at this server; copies have a rate besides (:meth:`room_for_copy`)."""
         return self._at[server, kind] < (self._copies_per_server if kind is OrderKind.COPY else MAX_ORDERS)
 
-    def room_for_copy(self, server: int, source: int, now: float, *, move: bool) -> bool:
-        """Whether a copy may begin: neither end has too many under way, or is over its rate."""
-        limit = self._copies_per_server if not move else max(1, self._copies_per_server // 2)
+    def room_for_copy(self, server: int, source: int, now: float, step: Kind) -> bool:
+        """Whether a copy may begin: neither end has too many under way, or is over its rate. Some of both is left for
+        copies that are missing."""
+        limit = self._copies_per_server if step is Kind.COPY else max(1, self._copies_per_server // 2)
         if max(self._at[server, OrderKind.COPY], self._from[source]) >= limit:
             return False
-        paces = (self._copies, self._moves) if move else (self._copies,)
+        paces = (self._copies, self._shifts) if step is Kind.SHIFT and not self.hurried else (self._copies,)
         return all(pace.ready(end, now) for pace in paces for end in (server, source))
 
     def for_server(self, server: int, durable: int) -> list[Order]:

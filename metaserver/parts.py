@@ -5,14 +5,18 @@ from collections.abc import Callable
 from random import Random
 
 from metaserver import chunks, inodes
+from metaserver.admin import Admin
 from metaserver.aging import Aging
+from metaserver.balancing import Balancer
 from metaserver.changes import Changes
 from metaserver.cleaner import Cleaner
 from metaserver.clock import LivedClock
 from metaserver.commit import Committer
 from metaserver.config import Config
 from metaserver.control import Control
+from metaserver.draining import Draining
 from metaserver.flushing import Flushing
+from metaserver.losses import Losses
 from metaserver.members import Members
 from metaserver.protocol import ROOT_INO
 from metaserver.repair import Repair
@@ -61,10 +65,15 @@ class Parts:
             committer, config, clock, sessions, members, changes, flushing, resuming, repair, tasks
         )
         self.control = Control(committer, config, cluster_id, clock, members, repair, changes, resuming.window, service)
+        balancer = Balancer(committer, config, clock, members, repair)
         self.status = StatusReader(
-            committer, config, cluster_id, clock, sessions, members, repair, tasks, changes, service, cleaner
+            committer, config, cluster_id, clock, sessions, members, repair, tasks, changes, service, cleaner, balancer
         )
-        self.aging = Aging(config, clock, sessions, members, changes, resuming, tasks, repair, cleaner)
+        drains = Draining(committer, clock, members, repair, changes, sessions)
+        losses = Losses(committer, members)
+        self.admin = Admin(committer, config, changes, tasks, drains, balancer, losses, resuming.window)
+        chores = (balancer.tick, drains.ask_writers)
+        self.aging = Aging(config, clock, sessions, members, changes, resuming, tasks, repair, cleaner, chores)
 
     def load(self) -> None:
         """Makes the root of a new cluster; takes up servers, open chunks, tasks, sessions and orphans."""

@@ -25,16 +25,18 @@ class Group(Enum):
     COPIES = 1
     SETTLING = 2
     MOVES = 3
-    DELETIONS = 4
+    SHIFTS = 4
+    DELETIONS = 5
 
 
 class Kind(Enum):
-    """A step: its order, if it is one, and with which others it waits. COPY makes a copy that is missing, MOVE one that
-    is better placed than what there is."""
+    """A step: its order, if it is one, and with which others it waits. COPY makes a copy that is missing, MOVE one in
+    place of what is to leave its server, SHIFT one that would only be better placed."""
 
     FORGET = (None, Group.SETTLING)
     COPY = (OrderKind.COPY, Group.COPIES)
     MOVE = (OrderKind.COPY, Group.MOVES)
+    SHIFT = (OrderKind.COPY, Group.SHIFTS)
     SEAL = (OrderKind.SEAL, Group.SETTLING)
     VERIFY = (OrderKind.VERIFY, Group.SETTLING)
     DELETE = (OrderKind.DELETE, Group.DELETIONS)
@@ -101,7 +103,7 @@ def plan_shift(chunk: int, row: Chunk, replicas: Replicas, members: Members, giv
         return None
     places = _places(members, staying)
     after = [place for place in places if place.server != giving] + _places(members, [taking])
-    return Step(Kind.MOVE, taking, giving) if spread(after) >= spread(places) else None
+    return Step(Kind.SHIFT, taking, giving) if spread(after) >= spread(places) else None
 
 
 def _is_up(members: Members, server: int) -> bool:
@@ -220,13 +222,12 @@ class _Copies:
         """What may go because enough others are known to be right."""
         if len(self.staying) < self.row.copies:
             return None
-        leaving = self.bad + [server for server in self.sure if _drains(self.members, server)]
-        if leaving:
-            return Step(Kind.DELETE, leaving[0])
-        if len(self.staying) > self.row.copies:
+        if self.bad:
+            return Step(Kind.DELETE, self.bad[0])
+        victim = next((server for server in self.sure if _drains(self.members, server)), 0)
+        if not victim and len(self.staying) > self.row.copies:
             victim = self._least_missed()
-            return self._doubtful(victim) or Step(Kind.DELETE, victim)
-        return None
+        return self._doubtful(victim) or Step(Kind.DELETE, victim) if victim else None
 
     def _doubtful(self, victim: int) -> Step | None:
         """Reads back what is to be relied on without ``victim``, and was out of sight for long."""
@@ -257,7 +258,7 @@ class _Copies:
             return None
         more = places + _places(self.members, [target])
         best = max(spread([place for place in more if place is not left]) for left in more)
-        return Step(Kind.MOVE, target, self._source()) if best > spread(places) else None
+        return Step(Kind.SHIFT, target, self._source()) if best > spread(places) else None
 
 
 def _crowded(places: Sequence[Candidate]) -> bool:

@@ -563,8 +563,9 @@ class Changed(Message):
 
 
 class Retire(Message):
-    """These chunks of the session have a replica that cannot be relied on, and only a sealed chunk can be repaired:
-    write no more to them, and seal them once what was written there is committed. May come again."""
+    """These chunks of the session have a replica that cannot be relied on (only a sealed chunk can be repaired), or one on
+    a server that is being emptied: write no more to them, and seal them once what was written there is committed. May
+    come again."""
 
     chunks: tuple[int, ...]
 
@@ -618,6 +619,14 @@ CHANGES = frozenset(
 # POST /v1/servers/{server}/heartbeat  Heartbeat -> HeartbeatReply
 # GET  /v1/status                    Status (what `dfs status` shows)
 # GET  /v1/chunks/{ino}              FileStatus, the chunk map of a file (also as /v1/files/{ino})
+# POST /v1/servers/{server}/drain    Draining -> Planned, 409 if the others cannot take it; also .../undrain
+# POST /v1/servers/{server}/remove   Removal -> Planned, 409 if it runs or has the only copy of something
+# GET  /v1/copies/{ino}              CopiesStatus
+# POST /v1/copies/{ino}              SetCopies -> CopiesStatus
+# GET  /v1/rebalance                 RebalanceStatus
+# POST /v1/rebalance                 Rebalance -> RebalanceStatus
+# GET  /v1/missing                   list of MissingFile
+#   (in these {server} is a number or a name)
 # GET  /v1/check                     CheckReport;  POST /v1/snapshot makes a snapshot file
 # GET  /servers                      list of ServerStatus;  GET /metrics;  GET /health (without a token)
 # Errors are a 4xx or 5xx with {"code": ErrorCode name, "text": one line}.
@@ -820,6 +829,12 @@ class ServerStatus(Json):
     # Replicas that still have to leave it, while it is DRAINING.
     to_move: int = 0
     scrub: ScrubStatus | None = None
+    # Their bytes; how many of them are still written to; and for how many there is no other server.
+    to_move_bytes: int = 0
+    to_move_open: int = 0
+    to_move_stuck: int = 0
+    # What its replicas take up; -1: it has not told.
+    stored: int = -1
 
 
 class SessionStatus(Json):
@@ -857,6 +872,32 @@ class CleanerStatus(Json):
     failed: int = 0
 
 
+class RepairStatus(Json):
+    """Copies that are missing: of so many chunks, with so many bytes; copies of any kind that are under way; bytes a
+    second that were copied of late, and how long the rest takes at that rate (0: not known)."""
+
+    chunks: int = 0
+    bytes: int = 0
+    under_way: int = 0
+    bytes_per_second: float = 0.0
+    seconds_left: float = 0.0
+    # Chunks that have a better place, or a copy too many, and wait for their turn.
+    to_move: int = 0
+    to_delete: int = 0
+
+
+class RebalanceStatus(Json):
+    """``mode``: IDLE, BY_ITSELF, ASKED or STOPPED. ``unevenness``: by how much of its space the fullest server is
+    fuller than the emptiest. ``moved_*`` since it began; ``excess_bytes`` would have to move for all to be even."""
+
+    mode: str
+    unevenness: float
+    under_way: int
+    moved_chunks: int
+    moved_bytes: int
+    excess_bytes: int
+
+
 class Status(Json):
     cluster_id: str
     epoch: int
@@ -876,7 +917,62 @@ class Status(Json):
     orders: int
     # Why nothing can be changed at present; "" if it can.
     read_only: str = ""
+    repair: RepairStatus | None = None
+    rebalance: RebalanceStatus | None = None
+    # Trees that are being given another number of copies.
+    setting_copies: int = 0
     cleaner: CleanerStatus = msgspec.field(default_factory=CleanerStatus)
+
+
+class Draining(Json):
+    """``force``: begin although not everything can go elsewhere."""
+
+    force: bool = False
+
+
+class Removal(Json):
+    """``lose``: although it has the only copy of something."""
+
+    lose: bool = False
+
+
+class Planned(Json):
+    """What was begun with a server, in words."""
+
+    server: int
+    name: str
+    text: str
+
+
+class SetCopies(Json):
+    """0: the cluster's default."""
+
+    copies: int
+
+
+class CopiesStatus(Json):
+    """How many copies are wanted of an inode's data; ``own`` 0: as the cluster's ``default``. ``setting``: some tree is
+    still being given another number."""
+
+    ino: int
+    own: int
+    default: int
+    directory: bool
+    setting: bool
+
+
+class Rebalance(Json):
+    """Begin, or stop."""
+
+    stop: bool = False
+
+
+class MissingFile(Json):
+    """A file with chunks of which no server that is up has a good copy; ``path`` from the root, "" if it has none."""
+
+    ino: int
+    path: str
+    chunks: int
 
 
 class ReplicaStatus(Json):

@@ -186,10 +186,22 @@ class Repair:
         self._shifts[chunk] = (giving, taking)
         self.look_at(chunk)
 
+    def shifting(self, chunk: int) -> bool:
+        """Whether a shift has not begun."""
+        return chunk in self._shifts
+
     @property
-    def shifts(self) -> int:
-        """How many shifts have not begun."""
-        return len(self._shifts)
+    def copy_rate(self) -> float:
+        """Bytes a second that were copied of late."""
+        return self.orders.copied.bytes_per_second(self._clock.seconds)
+
+    @property
+    def copies_under_way(self) -> int:
+        return sum(one.order.kind is OrderKind.COPY for one in self.orders.all())
+
+    def waiting(self, group: Group) -> int:
+        """How many chunks wait for a step of this kind."""
+        return len(self._queues[group])
 
     # -- orders --------------------------------------------------------------------------------------------------
 
@@ -373,7 +385,7 @@ class Repair:
         if row.state == ChunkState.DEAD and now - self._dead_since[chunk] < self._grace(step.server):
             return False
         if step.source:
-            return self.orders.room_for_copy(step.server, step.source, now, move=step.kind is Kind.MOVE)
+            return self.orders.room_for_copy(step.server, step.source, now, step.kind)
         return step.kind.order is None or self.orders.room_for(step.server, step.kind.order)
 
     def _grace(self, server: int) -> float:
@@ -441,7 +453,7 @@ def _prepare(tx: Transaction, chunk: int, row: Chunk, step: Step) -> None:
     value = tx.get(Table.REPLICAS, replica_key(chunk, step.server))
     if step.kind is Kind.FORGET:
         chunks.drop_replica(tx, chunk, step.server)
-    elif step.kind in (Kind.COPY, Kind.MOVE) and value is None:
+    elif step.kind.order is OrderKind.COPY and value is None:
         chunks.add_replica(tx, chunk, step.server, Replica(ReplicaState.COPYING, 0, row.length, row.entries, row.chain))
     elif step.kind is Kind.DELETE and value is not None:
         replica = Replica.unpack(value)

@@ -139,7 +139,7 @@ class _Acceptor:
 
 
 async def _start_http(nursery: trio.Nursery, config: Config, key: ClusterKey, parts: Parts) -> int:
-    app = make_app(parts.service, parts.control, parts.status, key)
+    app = make_app(parts.service, parts.control, parts.status, parts.admin, key)
     try:
         bound: int = await nursery.start(httpserver.run_http, app, config.http_host, config.http_port)
     except OSError as error:

@@ -1,18 +1,19 @@
 """What `dfs status` and `dfs chunks` show: gathered in slices, so that looking does not stop the work."""
 
-from collections.abc import Iterator
-from itertools import groupby, islice
-
+import msgspec
 import structlog
 import trio
 
 from metaserver import chunks, contents, inodes
+from metaserver.balancing import Balancer
+from metaserver.census import Census
 from metaserver.changes import Changes
 from metaserver.cleaner import Cleaner
 from metaserver.clock import LivedClock
 from metaserver.commit import Committer
 from metaserver.config import Config
 from metaserver.members import Members
+from metaserver.planning import Group
 from metaserver.protocol import (
     ChunkHealth,
     ChunkState,
@@ -20,6 +21,7 @@ from metaserver.protocol import (
     ExtentStatus,
     FileStatus,
     GetExtents,
+    RepairStatus,
     ReplicaState,
     ReplicaStatus,
     ServerStatus,
@@ -27,7 +29,7 @@ from metaserver.protocol import (
     Status,
 )
 from metaserver.repair import Repair
-from metaserver.schema import Chunk, Replica, Table, Transaction, chunk_key, parse_replica_key, read_u64
+from metaserver.schema import TaskKind, Transaction
 from metaserver.service import Service
 from metaserver.sessions import Sessions
 from metaserver.tasks import Tasks
@@ -57,6 +59,7 @@ class StatusReader:
         changes: Changes,
         service: Service,
         cleaner: Cleaner,
+        balancer: Balancer,
     ) -> None:
         self._committer = committer
         self._config = config
@@ -69,12 +72,14 @@ class StatusReader:
         self._changes = changes
         self._service = service
         self._cleaner = cleaner
+        self._balancer = balancer
         self._counting = trio.Lock()
-        self._health = ChunkHealth(0, 0, 0, 0, 0, 0)
+        self._census = Census(members)
         self._counted = float("-inf")
 
     async def status(self) -> Status:
         total, free = self._members.space(self._config.copies)
+        census = await self._census_taken()
         return Status(
             self._cluster_id,
             self._committer.epoch,
@@ -84,22 +89,36 @@ class StatusReader:
             self._config.copies,
             self._clock.seconds,
             self._service.resuming.window.open,
-            self.servers(),
+            self.servers(census),
             self.sessions(),
-            await self.health(),
+            census.health,
             self._changes.inodes,
             total,
             free,
             len(self._tasks),
             len(self._repair),
             self._changes.refusing,
+            self._repair_status(census),
+            self._balancer.status(),
+            self._tasks.count(TaskKind.SET_COPIES),
             cleaner=self.cleaner(),
         )
 
     def cleaner(self) -> CleanerStatus:
         return self._cleaner.status()
 
-    def servers(self) -> list[ServerStatus]:
+    def servers(self, census: Census | None = None) -> list[ServerStatus]:
+        """``census`` says what is left on servers that are being emptied."""
+        leaving = census.leaving if census is not None else {}
+        shown = self._servers()
+        for server in shown:
+            rest = leaving.get(server.server)
+            if rest is not None:
+                server.to_move, server.to_move_bytes = rest.replicas, rest.bytes
+                server.to_move_open, server.to_move_stuck = rest.open, rest.stuck
+        return shown
+
+    def _servers(self) -> list[ServerStatus]:
         return [
             ServerStatus(
                 member.server,
@@ -117,6 +136,7 @@ class StatusReader:
                 self._clock.seconds - member.heard,
                 disk_state=member.disk_state,
                 scrub=member.scrub,
+                stored=member.stored,
             )
             for _, member in sorted(self._members.by_id.items())
         ]
@@ -137,39 +157,28 @@ class StatusReader:
 
     async def health(self) -> ChunkHealth:
         """How many chunks have the copies they should have, on servers that are up."""
+        return (await self._census_taken()).health
+
+    async def _census_taken(self) -> Census:
         async with self._counting:
             if trio.current_time() - self._counted >= FRESH_SECONDS:
-                self._health = await self._count()
+                census = Census(self._members)
+                while not self._committer.read(0, lambda tx: census.count(tx, SLICE))[0]:
+                    await trio.lowlevel.checkpoint()
+                self._census = census
                 self._counted = trio.current_time()
-            return self._health
+            return self._census
 
-    async def _count(self) -> ChunkHealth:
-        counts = ChunkHealth(0, 0, 0, 0, 0, 0)
-        position = 0
-        while True:
-            found, _ = self._committer.read(0, lambda tx, position=position: self._page(tx, position))  # type: ignore[misc]
-            for chunk, row, good in found:
-                position = chunk + 1
-                _add(counts, row, good)
-            if len(found) < SLICE:
-                return counts
-            await trio.lowlevel.checkpoint()
-
-    def _page(self, tx: Transaction, position: int) -> list[tuple[int, Chunk, int]]:
-        """Chunks with the number of their good replicas on servers that are up; both tables are in order of chunks."""
-        rows = islice(tx.scan(Table.CHUNKS, chunk_key(position), b"\xff" * 9), SLICE)
-        found = [(read_u64(key), Chunk.unpack(value)) for key, value in rows]
-        if not found:
-            return []
-        good = dict(self._good(tx, found[0][0], found[-1][0]))
-        return [(chunk, row, good.get(chunk, 0)) for chunk, row in found]
-
-    def _good(self, tx: Transaction, first: int, last: int) -> Iterator[tuple[int, int]]:
-        members = self._members.by_id
-        rows = tx.scan(Table.REPLICAS, chunk_key(first), chunk_key(last) + b"\xff" * 5)
-        for chunk, group in groupby(rows, key=lambda item: parse_replica_key(item[0])[0]):
-            servers = (parse_replica_key(key)[1] for key, value in group if Replica.unpack(value).good)
-            yield chunk, sum(server in members and members[server].up for server in servers)
+    def _repair_status(self, census: Census) -> RepairStatus:
+        repair, rate = self._repair, self._repair.copy_rate
+        return msgspec.structs.replace(
+            census.repair,
+            under_way=repair.copies_under_way,
+            bytes_per_second=rate,
+            seconds_left=census.repair.bytes / rate if rate else 0.0,
+            to_move=repair.waiting(Group.MOVES) + repair.waiting(Group.SHIFTS),
+            to_delete=repair.waiting(Group.DELETIONS),
+        )
 
     # -- one file ------------------------------------------------------------------------------------------------
 
@@ -213,19 +222,3 @@ class StatusReader:
                 state = ReplicaState(replica.state).name if member.up else member.state.name
                 shown.append(ReplicaStatus(server, row.name, row.host, row.http_port, state, path))
         return shown
-
-
-def _add(counts: ChunkHealth, row: Chunk, good: int) -> None:
-    if row.state == ChunkState.FILLING:
-        return
-    if row.state == ChunkState.DEAD:
-        counts.dead += 1
-        return
-    counts.total += 1
-    counts.open += row.state == ChunkState.OPEN
-    if good >= row.copies:
-        counts.healthy += 1
-    elif good:
-        counts.too_few += 1
-    else:
-        counts.missing += 1
