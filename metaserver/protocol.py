@@ -563,9 +563,9 @@ class Changed(Message):
 
 
 class Retire(Message):
-    """These chunks of the session have a replica that cannot be relied on (only a sealed chunk can be repaired), or one on
-    a server that is being emptied: write no more to them, and seal them once what was written there is committed. May
-    come again."""
+    """These chunks of the session have a replica that cannot be relied on (only a sealed chunk can be repaired), or one
+    on a server that is being emptied: write no more to them, and seal them once what was written there is committed.
+    May come again."""
 
     chunks: tuple[int, ...]
 
