@@ -52,6 +52,9 @@ def run(
     name: Annotated[str | None, typer.Option(help="Name of this server.")] = None,
     rack: Annotated[str | None, typer.Option(help="Label of what fails together.")] = None,
     reserve_bytes: Annotated[int | None, typer.Option(help="Space kept free.")] = None,
+    scrub_days: Annotated[
+        float | None, typer.Option(help="Everything is read back once in so many days; 0: only by `dfs scrub`.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Runs a chunkserver until SIGTERM."""
@@ -67,6 +70,7 @@ def run(
         "name": name,
         "rack": rack,
         "reserve_bytes": reserve_bytes,
+        "scrub_days": scrub_days,
         "log_level": log_level,
     }
     try:

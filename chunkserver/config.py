@@ -24,6 +24,8 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ``data``: the directory, on a disk of its own. ``listen``: data plane. ``http``: health and metrics.
     ``advertise``: the host others reach this one under (default: the host of ``listen``, or this machine's name if
     that is a wildcard). ``metaserver``: where the metaserver's HTTP listens; more than one for a standby.
+    ``scrub_days``: in which everything is read back once, 0: only when asked for (`dfs scrub`);
+    ``scrub_bytes_per_second``: never faster than this, even if it takes longer.
     ``reserve_bytes``: kept free (default: 1 GiB, or a hundredth of the disk if that is less).
     """
 
@@ -37,6 +39,8 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     rack: str = ""
     labels: list[str] = []
     reserve_bytes: int | None = None
+    scrub_days: float = 7.0
+    scrub_bytes_per_second: int = 32 << 20
     log_level: str = "info"
     log_json: bool = False
 
@@ -90,6 +94,10 @@ def _check(config: Config, where: str) -> None:
         raise ConfigError(f"{where}: log level {config.log_level!r} is not one of {', '.join(LEVELS)}")
     if config.reserve_bytes is not None and config.reserve_bytes < 0:
         raise ConfigError(f"{where}: reserve_bytes must not be negative")
+    if not 0 <= config.scrub_days <= 3650:
+        raise ConfigError(f"{where}: scrub_days must be between 0 and 3650")
+    if config.scrub_bytes_per_second < 1 << 20:
+        raise ConfigError(f"{where}: scrub_bytes_per_second must be at least {1 << 20}")
     if not config.metaservers:
         raise ConfigError(f"{where}: no metaserver is given")
     for address in config.metaservers:

@@ -1,6 +1,7 @@
 """The control plane of a chunkserver: health, metrics, and what chunks it has.
 
-``GET /health`` (no token), ``GET /metrics``, ``GET /chunks?after=ID&count=N``, ``GET /chunks/ID/info``. Ids are
+``GET /health`` (no token), ``GET /metrics``, ``GET /chunks?after=ID&count=N``, ``GET /chunks/ID/info``; ``GET /scrub``
+(:class:`chunkserver.scrub.ScrubReport`), and ``POST /scrub``, which begins a pass and answers the same. Ids are
 hexadecimal, as in file names.
 """
 
@@ -85,6 +86,16 @@ class _Metrics(Collector):
         yield CounterMetricFamily("chunkserver_read_bytes", "Chunk bytes read by others", table.bytes_read)
         yield CounterMetricFamily("chunkserver_written_bytes", "Chunk bytes written", table.bytes_written)
         yield GaugeMetricFamily("chunkserver_requests", "Requests under way", running.service.in_flight)
+        scrub = running.scrubber.status()
+        yield GaugeMetricFamily("chunkserver_scrub_done_bytes", "Read back in this pass", scrub.done_bytes)
+        yield GaugeMetricFamily("chunkserver_scrub_total_bytes", "What a pass has to read", scrub.total_bytes)
+        yield GaugeMetricFamily("chunkserver_scrub_pass_seconds", "Since this pass began", scrub.pass_seconds)
+        yield GaugeMetricFamily(
+            "chunkserver_scrub_last_pass_seconds", "Length of the last pass", scrub.last_pass_seconds
+        )
+        since = "Since the last pass ended, 0 if there was none"
+        yield GaugeMetricFamily("chunkserver_scrub_since_pass_seconds", since, scrub.since_pass_seconds)
+        yield CounterMetricFamily("chunkserver_scrub_damaged", "Damaged replicas found by scrubbing", scrub.bad)
         states = GaugeMetricFamily("chunkserver_chunks", "Replicas by state", labels=["state"])
         for state, count in table.count_by_state().items():
             states.add_metric([state.name], count)
@@ -118,11 +129,18 @@ def make_app(node: "Node") -> Starlette:
             raise DfsError(ErrorCode.INVALID, "a chunk id is hexadecimal") from None
         return json_reply(info(node.disk.root, _running(node).store.table.find(chunk)))
 
+    async def scrub(request: Request) -> Response:
+        scrubber = _running(node).scrubber
+        if request.method == "POST":
+            scrubber.ask()
+        return json_reply(scrubber.report())
+
     routes = [
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/chunks", chunks),
         Route("/chunks/{chunk}/info", chunk_info),
+        Route("/scrub", scrub, methods=["GET", "POST"]),
     ]
     return protected(routes, node.key, body_limit=BODY_LIMIT)
 

@@ -25,6 +25,7 @@ from chunkserver.forward import Forwarder
 from chunkserver.identity import Identity
 from chunkserver.orders import Orders
 from chunkserver.report import Mailbox, Outbox, Snapshot
+from chunkserver.scrub import Scrubber, ScrubOptions
 from chunkserver.service import Service
 from chunkserver.store import Store
 from chunkserver.table import RunSync, Table
@@ -63,6 +64,7 @@ class Running:
             patience_seconds=PATIENCE_SECONDS,
         )
         self.service = Service(self.store, Forwarder(self.pool), lambda: node.identity)
+        self.scrubber = Scrubber(self.store, node.incarnation, node.scrub_options)
         copier = Copier(self.store, self.pool)
         self.orders = Orders(
             self.store,
@@ -90,7 +92,9 @@ class Node:
         clock: Callable[[], float] = time.monotonic,
         now_ns: Callable[[], int] = time.time_ns,
         connect: Connect = connect,
+        scrub: ScrubOptions | None = None,
     ) -> None:
+        self.scrub_options = scrub
         self.disk = disk
         self.identity = identity
         self.key = key
@@ -130,6 +134,7 @@ class Node:
         self._stored = table.stored_bytes()
         self._nursery.start_soon(self._verify, self.running.store)
         self._nursery.start_soon(self._tick)
+        self._nursery.start_soon(self.running.scrubber.run)
         self._post_snapshot()
         log.info("found chunks", count=len(found), directory=self.disk.root)
 
@@ -168,6 +173,7 @@ class Node:
                 table.bytes_written,
                 self._stored,
                 table.spare,
+                self.running.scrubber.status(),
             )
         )
 

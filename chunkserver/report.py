@@ -25,6 +25,7 @@ from metaserver.protocol import (
     Registered,
     ReplicaReport,
     ReportPage,
+    ScrubStatus,
 )
 
 log = structlog.get_logger(__name__)
@@ -53,6 +54,7 @@ class Snapshot(NamedTuple):
     written_bytes: int
     stored: int = -1
     spare: int = 0
+    scrub: ScrubStatus | None = None
 
 
 class Parcel(NamedTuple):
@@ -298,6 +300,7 @@ def make_heartbeat(incarnation: int, number: int, snapshot: Snapshot, parcel: Pa
         snapshot.written_bytes,
         stored=snapshot.stored,
         spare=snapshot.spare,
+        scrub=snapshot.scrub,
     )
 
 

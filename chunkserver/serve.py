@@ -21,6 +21,7 @@ from chunkserver.disk import DataDisk, Disk, LocalDisk, raise_descriptor_limit
 from chunkserver.identity import Identity, open_directory
 from chunkserver.node import Node
 from chunkserver.report import Reporter
+from chunkserver.scrub import ScrubOptions
 from metaserver import httpserver, systemd, transport
 from metaserver.connection import keep_large_buffers
 from metaserver.errors import ConnectionLost
@@ -116,7 +117,8 @@ async def _serve(
     task_status: trio.TaskStatus[Ports],
 ) -> None:
     async with trio.open_nursery() as outer:
-        node = Node(disk, identity, key, outer, reserve=config.reserve)
+        scrub = ScrubOptions(config.scrub_days, config.scrub_bytes_per_second)
+        node = Node(disk, identity, key, outer, reserve=config.reserve, scrub=scrub)
         if identity.cluster_id:
             await node.begin()
         http_port = await _start_http(outer, node, *split_address(config.http, "http"))

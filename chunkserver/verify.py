@@ -13,7 +13,8 @@ class Verification:
     """What is found of one replica. Each :meth:`step` reads at most ``DIRECT_BYTES`` and raises ``OSError``.
 
     ``problem`` says in words what is wrong with header, index or size ("": nothing yet); ``bad_blocks`` are entry
-    numbers. Ends at the first problem, or at ``limit`` bad blocks.
+    numbers. Ends at the first problem, or at ``limit`` bad blocks. ``bytes_read`` does not count the hole after the
+    index.
     """
 
     def __init__(self, disk: Disk, cluster: UUID, chunk: int, path: str, expected: Progress, limit: int = 1000) -> None:
@@ -78,13 +79,13 @@ class Verification:
         """One part of the index region, all of which has a meaning: after the last entry there is nothing."""
         wanted = min(DIRECT_BYTES, recovery.INDEX_BYTES - len(self._region))
         piece = file.read_from_disk(wanted, INDEX_OFFSET + len(self._region))
-        self.bytes_read += len(piece)
         if len(piece) < wanted:
             return "the index is cut off"
         self._region += piece
         if len(self._region) < recovery.INDEX_BYTES:
             return ""
         used = self._expected.entries * ENTRY_BYTES
+        self.bytes_read += used
         entries = bytes(memoryview(self._region)[:used])
         first_chain = chunkfile.first_chain(self._cluster, self._chunk)
         whole = recovery.walk(entries, first_chain, self._expected.stored_length)

@@ -162,6 +162,32 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def scrub(
+    servers: Annotated[list[str] | None, typer.Argument(metavar="[SERVER]...", help="Names; default: all.")] = None,
+    data: Data = "",
+    metaserver: Metaserver = "",
+    key_file: KeyFile = "",
+    as_json: AsJson = False,
+) -> None:
+    """Read all replicas back from disk now.
+
+    Chunkservers do so by themselves, slowly (`dfs status` shows how far they are). This begins a faster pass and waits
+    for it. Exit code 1 if something is damaged, or a server could not do it; what is damaged is repaired from the other
+    replicas.
+    """
+    from dfsmount import dfs_scrub
+
+    results = dfs_scrub.run(find(data, metaserver, key_file), servers or [], quiet=as_json)
+    if as_json:
+        print_json(results)
+    else:
+        for line in dfs_scrub.lines(results):
+            say(line)
+    if not dfs_scrub.clean(results):
+        raise typer.Exit(1)
+
+
 def find(data: str, metaserver: str, key_file: str, file: Path | None = None) -> "Access":
     from dfsmount import dfs_find
 

@@ -8,7 +8,7 @@ import msgspec
 
 from dfsmount.dfs_find import Access
 from dfsmount.dfs_layout import Problem
-from metaserver.protocol import CheckReport, FileStatus, ServerStatus, Status
+from metaserver.protocol import CheckReport, FileStatus, ScrubStatus, ServerStatus, Status
 
 AnswerT = TypeVar("AnswerT")
 # A busy metaserver answers late, but not later than this; `check` reads every row and has a bound of its own.
@@ -43,6 +43,17 @@ class ReplicaListing(msgspec.Struct):
 class _Page(msgspec.Struct):
     chunks: list[ReplicaListing]
     next: str
+
+
+class ScrubView(msgspec.Struct):
+    """A chunkserver's scrubber; see ``chunkserver.scrub.ScrubReport``."""
+
+    incarnation: str
+    running: int
+    asked: int
+    completed: int
+    status: ScrubStatus
+    damaged: list[tuple[str, str]]
 
 
 class Api:
@@ -84,8 +95,15 @@ class Api:
             page = self._get(f"{path}?after={page.next}", _Page)
         return found + page.chunks
 
+    def scrub(self, server: ServerStatus, *, begin: bool) -> ScrubView:
+        """How far a chunkserver's scrubber is; ``begin``: it starts a pass."""
+        return self._ask("POST" if begin else "GET", f"http://{server.host}:{server.http_port}/scrub", ScrubView)
+
     def _get(self, path: str, type_: type[AnswerT], timeout_seconds: float = TIMEOUT_SECONDS) -> AnswerT:
-        request = self._client.build_request("GET", path, timeout=timeout_seconds)
+        return self._ask("GET", path, type_, timeout_seconds)
+
+    def _ask(self, method: str, path: str, type_: type[AnswerT], timeout_seconds: float = TIMEOUT_SECONDS) -> AnswerT:
+        request = self._client.build_request(method, path, timeout=timeout_seconds)
         address = f"{request.url.host}:{request.url.port}"
         try:
             response = self._client.send(request)

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dfsmount.dfs_chunks import FileView, PieceView
-from metaserver.protocol import ChunkHealth, CleanerStatus, ServerStatus, SessionStatus, Status
+from metaserver.protocol import ChunkHealth, CleanerStatus, ScrubStatus, ServerStatus, SessionStatus, Status
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -123,6 +123,18 @@ def table(columns: Iterable[str], rows: Iterable[Sequence[str]], right: Iterable
     return made
 
 
+def scrub_text(scrub: ScrubStatus | None) -> str:
+    """How far reading everything back is, how fast, when that was last done, and what it found."""
+    if scrub is None:
+        return "not known"
+    parts = []
+    if scrub.pass_seconds:
+        percent = 100 * scrub.done_bytes // max(1, scrub.total_bytes)
+        parts += [f"{percent} % of pass", f"{bytes_text(round(scrub.bytes_per_second))}/s"]
+    last = f"last pass {seconds_text(scrub.since_pass_seconds)} ago" if scrub.last_pass_seconds else "no pass yet"
+    return ", ".join([*parts, last, f"{scrub.bad:,} bad"])
+
+
 def servers_table(servers: Iterable[ServerStatus]) -> Table:
     rows = [
         (
@@ -133,11 +145,12 @@ def servers_table(servers: Iterable[ServerStatus]) -> Table:
             bytes_text(server.capacity - server.free),
             bytes_text(server.free),
             f"{server.last_heartbeat_seconds:.0f} s ago",
+            scrub_text(server.scrub),
             server.data_path,
         )
         for server in sorted(servers, key=lambda server: server.name)
     ]
-    columns = ("SERVER", "STATE", "ADDRESS", "CHUNKS", "USED", "FREE", "HEARTBEAT", "DATA")
+    columns = ("SERVER", "STATE", "ADDRESS", "CHUNKS", "USED", "FREE", "HEARTBEAT", "SCRUB", "DATA")
     return table(columns, rows, ("CHUNKS", "USED", "FREE"))
 
 
