@@ -1,17 +1,16 @@
-"""The `dfs` command: starts, stops and looks into a cluster.
+"""The `dfs` command: starts, stops and looks into a cluster; ``dfs_manage`` has what changes a running one.
 
 Everything but Typer is imported when a command runs: `dfs --help` and completion stay fast.
 """
 
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from dfsmount.dfs_find import Access
+from dfsmount import dfs_manage
+from dfsmount.dfs_options import AsJson, Data, KeyFile, Metaserver, find, print_json, say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,32 +19,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Data = Annotated[str, typer.Option("--data", metavar="DIR", help="Data directory of a cluster that `dfs up` started.")]
-Metaserver = Annotated[
-    str, typer.Option("--metaserver", metavar="HOST:HTTPPORT", help="The metaserver's HTTP address, instead of --data.")
-]
-KeyFile = Annotated[
-    str, typer.Option("--key-file", metavar="FILE", help="The cluster key for --metaserver (/etc/dfs/cluster.key).")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        from metaserver.version import VERSION
-
-        print(f"dfs {VERSION}")
-        raise typer.Exit
-
-
-@app.callback()
-def dfs(
-    show_version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    """Start, stop and look into a distributed filesystem."""
 
 
 @app.command()
@@ -105,12 +78,14 @@ def status(data: Data = "", metaserver: Metaserver = "", key_file: KeyFile = "",
     access = find(data, metaserver, key_file)
     with Api(access) as api:
         answer = api.status()
+        missing = api.missing() if answer.chunks.missing else []
     from dfsmount import dfs_show
 
     if as_json:
-        print_json({"verdict": dfs_show.verdict(answer), "healthy": not dfs_show.troubles(answer), "status": answer})
+        verdict, healthy = dfs_show.verdict(answer), not dfs_show.troubles(answer)
+        print_json({"verdict": verdict, "healthy": healthy, "status": answer, "missing": missing})
     else:
-        dfs_show.show_status(answer, access.http)
+        dfs_show.show_status(answer, access.http, missing)
 
 
 @app.command()
@@ -188,27 +163,7 @@ def scrub(
         raise typer.Exit(1)
 
 
-def find(data: str, metaserver: str, key_file: str, file: Path | None = None) -> "Access":
-    from dfsmount import dfs_find
-
-    return dfs_find.find(dfs_find.Choice(data, metaserver, key_file), file)
-
-
-def say(line: str) -> None:
-    """Progress and results, at once: a person or a script may be watching.
-
-    Whoever read them may have left (`dfs up ... | head -1`): that is no reason to stop half-way.
-    """
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def print_json(value: object) -> None:
-    import msgspec
-
-    say(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+dfs_manage.add_to(app)
 
 
 def main() -> None:

@@ -2,13 +2,28 @@
 
 from types import TracebackType
 from typing import Self, TypeVar
+from urllib.parse import quote
 
 import httpx
 import msgspec
 
 from dfsmount.dfs_find import Access
 from dfsmount.dfs_layout import Problem
-from metaserver.protocol import CheckReport, FileStatus, ScrubStatus, ServerStatus, Status
+from metaserver.protocol import (
+    CheckReport,
+    CopiesStatus,
+    Draining,
+    FileStatus,
+    MissingFile,
+    Planned,
+    Rebalance,
+    RebalanceStatus,
+    Removal,
+    ScrubStatus,
+    ServerStatus,
+    SetCopies,
+    Status,
+)
 
 AnswerT = TypeVar("AnswerT")
 # A busy metaserver answers late, but not later than this; `check` reads every row and has a bound of its own.
@@ -82,6 +97,31 @@ class Api:
     def file(self, ino: int) -> FileStatus:
         return self._get(f"/v1/chunks/{ino}", FileStatus)
 
+    def missing(self) -> list[MissingFile]:
+        """Files with chunks of which there is no good copy on a server that is up; not all if they are many."""
+        return self._get("/v1/missing", list[MissingFile], CHECK_SECONDS)
+
+    def drain(self, server: str, *, force: bool) -> Planned:
+        return self._post(f"/v1/servers/{quote(server, safe='')}/drain", Draining(force), Planned, CHECK_SECONDS)
+
+    def undrain(self, server: str) -> Planned:
+        return self._post(f"/v1/servers/{quote(server, safe='')}/undrain", Draining(), Planned)
+
+    def remove(self, server: str, *, lose: bool) -> Planned:
+        return self._post(f"/v1/servers/{quote(server, safe='')}/remove", Removal(lose), Planned, CHECK_SECONDS)
+
+    def rebalance(self, *, stop: bool) -> RebalanceStatus:
+        return self._post("/v1/rebalance", Rebalance(stop), RebalanceStatus)
+
+    def rebalance_status(self) -> RebalanceStatus:
+        return self._get("/v1/rebalance", RebalanceStatus)
+
+    def copies(self, ino: int) -> CopiesStatus:
+        return self._get(f"/v1/copies/{ino}", CopiesStatus)
+
+    def set_copies(self, ino: int, copies: int) -> CopiesStatus:
+        return self._post(f"/v1/copies/{ino}", SetCopies(copies), CopiesStatus)
+
     def check(self) -> CheckReport:
         return self._get("/v1/check", CheckReport, CHECK_SECONDS)
 
@@ -102,8 +142,20 @@ class Api:
     def _get(self, path: str, type_: type[AnswerT], timeout_seconds: float = TIMEOUT_SECONDS) -> AnswerT:
         return self._ask("GET", path, type_, timeout_seconds)
 
-    def _ask(self, method: str, path: str, type_: type[AnswerT], timeout_seconds: float = TIMEOUT_SECONDS) -> AnswerT:
-        request = self._client.build_request(method, path, timeout=timeout_seconds)
+    def _post(
+        self, path: str, message: msgspec.Struct, type_: type[AnswerT], timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> AnswerT:
+        return self._ask("POST", path, type_, timeout_seconds, msgspec.json.encode(message))
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        type_: type[AnswerT],
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        content: bytes | None = None,
+    ) -> AnswerT:
+        request = self._client.build_request(method, path, content=content, timeout=timeout_seconds)
         address = f"{request.url.host}:{request.url.port}"
         try:
             response = self._client.send(request)

@@ -8,8 +8,20 @@ from rich.table import Table
 from rich.text import Text
 
 from dfsmount.dfs_chunks import FileView, PieceView
-from metaserver.protocol import ChunkHealth, CleanerStatus, ScrubStatus, ServerStatus, SessionStatus, Status
+from metaserver.protocol import (
+    ChunkHealth,
+    CleanerStatus,
+    MissingFile,
+    RebalanceStatus,
+    RepairStatus,
+    ScrubStatus,
+    ServerStatus,
+    SessionStatus,
+    Status,
+)
 
+# Files without data that are named.
+SHOWN_FILES = 10
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -52,7 +64,9 @@ def troubles(status: Status) -> list[str]:
     elif not up:
         found.append("no chunkserver is up, so nothing can be read or written")
     else:
-        found += [f"{server.name} is {server.state}" for server in status.servers if server.state != "UP"]
+        away = [server for server in status.servers if server.state not in ("UP", "DRAINING")]
+        found += [f"{server.name} is {server.state}" for server in away]
+    found += [stuck_text(server) for server in status.servers if server.to_move_stuck]
     if status.chunks.too_few:
         found.append(f"{count_text(status.chunks.too_few, 'chunk')} with fewer copies than wanted")
     if up and len(up) < status.copies:
@@ -62,6 +76,10 @@ def troubles(status: Status) -> list[str]:
     if status.window_open:
         found.append("the metaserver has just started and waits for its mounts to return")
     return found
+
+
+def stuck_text(server: ServerStatus) -> str:
+    return f"{count_text(server.to_move_stuck, 'chunk')} cannot leave {server.name}: too few other servers"
 
 
 def verdict(status: Status) -> str:
@@ -82,13 +100,44 @@ def summary_lines(status: Status, http: str) -> list[str]:
         f"space       {bytes_text(status.free)} free of {bytes_text(status.total)} at {status.copies} copies, "
         + count_text(status.inodes, "inode"),
         f"chunks      {chunks_text(status.chunks)}",
+        *([f"repair      {repair_text(status.repair)}"] if status.repair and repair_text(status.repair) else []),
+        *([f"rebalance   {moving_text(status.rebalance)}"] if status.rebalance and _moves(status.rebalance) else []),
         *([f"at work     {work_text(status)}"] if status.tasks or status.orders else []),
         *([f"cleaner     {cleaner_text(status.cleaner)}"] if cleaner_text(status.cleaner) else []),
     ]
 
 
+def repair_text(repair: RepairStatus) -> str:
+    """What is being copied; "" if nothing is."""
+    parts = []
+    if repair.chunks:
+        parts.append(f"{count_text(repair.chunks, 'chunk')} ({bytes_text(repair.bytes)}) to copy")
+    if repair.to_move:
+        parts.append(f"{repair.to_move:,} to move")
+    if repair.under_way:
+        parts.append(f"{repair.under_way:,} under way")
+    if repair.bytes_per_second:
+        parts.append(f"{bytes_text(int(repair.bytes_per_second))}/s of late")
+    if repair.seconds_left:
+        parts.append(f"about {seconds_text(repair.seconds_left)} left")
+    return ", ".join(parts)
+
+
+def _moves(rebalance: RebalanceStatus) -> bool:
+    return rebalance.mode != "IDLE" or rebalance.under_way > 0
+
+
+def moving_text(rebalance: RebalanceStatus) -> str:
+    if rebalance.mode == "STOPPED":
+        return "stopped (`dfs rebalance` starts it)"
+    left = f"{bytes_text(rebalance.excess_bytes)} to move until all servers are equally full"
+    return f"{left}, {count_text(rebalance.moved_chunks, 'chunk')} moved"
+
+
 def work_text(status: Status) -> str:
-    return f"{count_text(status.tasks, 'background task')}, {count_text(status.orders, 'order')} to chunkservers"
+    text = f"{count_text(status.tasks, 'background task')}, {count_text(status.orders, 'order')} to chunkservers"
+    trees = f", {count_text(status.setting_copies, 'tree')} getting another number of copies"
+    return text + (trees if status.setting_copies else "")
 
 
 def cleaner_text(cleaner: CleanerStatus) -> str:
@@ -135,13 +184,18 @@ def scrub_text(scrub: ScrubStatus | None) -> str:
     return ", ".join([*parts, last, f"{scrub.bad:,} bad"])
 
 
+def state_text(server: ServerStatus) -> str:
+    return f"{server.state} ({server.to_move:,} left)" if server.state == "DRAINING" else server.state
+
+
 def servers_table(servers: Iterable[ServerStatus]) -> Table:
     rows = [
         (
             server.name,
-            server.state,
+            state_text(server),
             f"{server.host}:{server.port}",
             f"{server.chunks:,}",
+            bytes_text(server.stored) if server.stored >= 0 else "?",
             bytes_text(server.capacity - server.free),
             bytes_text(server.free),
             f"{server.last_heartbeat_seconds:.0f} s ago",
@@ -150,8 +204,8 @@ def servers_table(servers: Iterable[ServerStatus]) -> Table:
         )
         for server in sorted(servers, key=lambda server: server.name)
     ]
-    columns = ("SERVER", "STATE", "ADDRESS", "CHUNKS", "USED", "FREE", "HEARTBEAT", "SCRUB", "DATA")
-    return table(columns, rows, ("CHUNKS", "USED", "FREE"))
+    columns = ("SERVER", "STATE", "ADDRESS", "CHUNKS", "STORED", "USED", "FREE", "HEARTBEAT", "SCRUB", "DATA")
+    return table(columns, rows, ("CHUNKS", "STORED", "USED", "FREE"))
 
 
 def sessions_table(sessions: Iterable[SessionStatus]) -> Table:
@@ -177,11 +231,18 @@ def console() -> Console:
     return made if made.is_terminal else Console(highlight=False, width=1000)
 
 
-def show_status(status: Status, http: str) -> None:
+def missing_lines(missing: Sequence[MissingFile]) -> list[str]:
+    """The first of the files that have lost data, and how many more there are."""
+    lines = [f"missing     {file.path or f'inode {file.ino}'}" for file in missing[:SHOWN_FILES]]
+    more = len(missing) - SHOWN_FILES
+    return [*lines, f"missing     ... and {more} or more others (--json names more)"] if more > 0 else lines
+
+
+def show_status(status: Status, http: str, missing: Sequence[MissingFile] = ()) -> None:
     """Prints it all, the verdict first."""
     out = console()
     out.print(verdict(status), style="bold red" if troubles(status) else "bold green", markup=False)
-    for line in summary_lines(status, http):
+    for line in (*summary_lines(status, http), *missing_lines(missing)):
         out.print(line, markup=False)
     if status.servers:
         out.print("", servers_table(status.servers), sep="\n")

@@ -161,7 +161,8 @@ class StatusReader:
 
     async def _census_taken(self) -> Census:
         async with self._counting:
-            if trio.current_time() - self._counted >= FRESH_SECONDS:
+            drains = {server for server, member in self._members.by_id.items() if member.row.draining}
+            if trio.current_time() - self._counted >= FRESH_SECONDS or drains != self._census.leaving.keys():
                 census = Census(self._members)
                 while not self._committer.read(0, lambda tx: census.count(tx, SLICE))[0]:
                     await trio.lowlevel.checkpoint()

@@ -1,0 +1,43 @@
+"""What the commands of `dfs` have in common: options, finding the cluster, and saying things."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from dfsmount.dfs_find import Access
+
+Data = Annotated[str, typer.Option("--data", metavar="DIR", help="Data directory of a cluster that `dfs up` started.")]
+Metaserver = Annotated[
+    str, typer.Option("--metaserver", metavar="HOST:HTTPPORT", help="The metaserver's HTTP address, instead of --data.")
+]
+KeyFile = Annotated[
+    str, typer.Option("--key-file", metavar="FILE", help="The cluster key for --metaserver (/etc/dfs/cluster.key).")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def find(data: str, metaserver: str, key_file: str, file: Path | None = None) -> "Access":
+    from dfsmount import dfs_find
+
+    return dfs_find.find(dfs_find.Choice(data, metaserver, key_file), file)
+
+
+def say(line: str) -> None:
+    """Progress and results, at once: a person or a script may be watching.
+
+    Whoever read them may have left (`dfs up ... | head -1`): that is no reason to stop half-way.
+    """
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_json(value: object) -> None:
+    import msgspec
+
+    say(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
