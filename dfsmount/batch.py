@@ -28,13 +28,25 @@ class Batch:
     set while it is sent."""
 
     def __init__(self, chosen: Chosen) -> None:
-        self.items = [Item(file, layer) for file, layer in chosen]
+        self._take([Item(file, layer) for file, layer in chosen])
+
+    def _take(self, items: list[Item]) -> None:
+        self.items = items
         self.length = sum(item.layer.size for item in self.items)
         self.blocks = sum(len(item.blocks) for item in self.items)
         self.rows = sum(item.layer.runs + 1 for item in self.items)
         self.chunk: OpenChunk | None = None
         self.sent: Sent | None = None
         self.at = 0
+
+    def halve(self) -> "Batch":
+        """Gives the second half of its layers (at least one stays) to a batch that comes after it. Not while it is
+        sent."""
+        rest = Batch([])
+        middle = (len(self.items) + 1) // 2
+        rest._take(self.items[middle:])
+        self._take(self.items[:middle])
+        return rest
 
     def placed(self) -> "Iterator[Placed]":
         """Where its layers are in the chunk."""

@@ -97,6 +97,8 @@ class OpenChunk:
         self.chunk = allocated.chunk
         self.peers = tuple(Peer(server.server, server.host, server.port) for server in allocated.servers)
         self.session = session
+        # What is reserved for it; a chunk of a cluster that is nearly full takes less than others.
+        self.limit = min(allocated.limit, PAYLOAD_CAPACITY)
         self.length = 0
         self.entries = 0
         self.chain = first_chain(cluster, allocated.chunk)
@@ -134,7 +136,7 @@ class OpenChunk:
     @property
     def room(self) -> int:
         """Bytes that can still be appended."""
-        return 0 if self.failed or self.retired else PAYLOAD_CAPACITY - self.length
+        return 0 if self.failed or self.retired else self.limit - self.length
 
     def fits(self, length: int, blocks: int) -> bool:
         return length <= self.room and self.entries + blocks <= MAX_ENTRIES

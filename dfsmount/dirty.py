@@ -40,7 +40,9 @@ class Layer:
     the one before them; ``stop`` is the end of the last piece, 0 without pieces. No piece is empty.
     """
 
-    __slots__ = ("mtime_ns", "pieces", "runs", "serial", "size", "starts", "stop", "taken", "truncate_generation")
+    __slots__ = (
+        "doomed", "mtime_ns", "pieces", "runs", "serial", "size", "starts", "stop", "taken", "truncate_generation"
+    )  # fmt: skip
 
     def __init__(self, serial: int, truncate_generation: int) -> None:
         self.serial = serial
@@ -52,6 +54,8 @@ class Layer:
         self.runs = 0
         self.stop = 0
         self.taken = False
+        # An older layer was lost: it must not become part of the file.
+        self.doomed = False
 
     @property
     def cost(self) -> int:
@@ -234,6 +238,13 @@ class DirtyRuns:
         self.layers = [layer for layer in self.layers if layer.taken]
         self.cost = sum(layer.cost for layer in self.layers)
         self._open = None
+
+    def doom(self, lost: Layer) -> None:
+        """A layer is lost: none of those after it may become part of the file, which would then have a hole where that
+        was (promise P3). Those that are not in flight are dropped, the others marked."""
+        self.drop_untaken()
+        for layer in self.layers:
+            layer.doomed = layer.doomed or layer.serial > lost.serial
 
     def clear(self) -> None:
         """Drops everything; serials go on."""

@@ -185,12 +185,13 @@ class FileState:
         return True
 
     def dropped(self, layer: Layer, error: DfsError | None) -> bool:
-        """A layer will never be part of the file: because of ``error``, or because the file is gone (None). False if
-        that was known before."""
+        """A layer will never be part of the file: because of ``error``, or (None) because the file is gone or an older
+        layer is lost. False if that was known before. With ``error``, nothing written since is kept either."""
         if not self.dirty.done(layer):
             return False
         if error is not None:
             self.fail(error)
+            self.dirty.doom(layer)
         self._show()
         self.settled.unpark_all()
         return True

@@ -85,11 +85,13 @@ class Lane:
         self._answered: deque[Batch] = deque()
         self._has_sent = Signal()
         self._has_answered = Signal()
-        # Since when and how often in a row it has failed; both are reset by a success.
+        # Since when and how often in a row it has failed; both are reset by a success. ``_full_since``: for nothing but
+        # lack of space at the chunkservers.
         self._failing_since: float | None = None
         self._failures = 0
         # Around waiting for the answer of the first batch that was sent.
         self._receiving = trio.CancelScope()
+        self._full_since: float | None = None
         # How long an append may take: doubled by a time-out, until answers come quickly again. Disks that are slow
         # for everybody must not end one chunk after the other.
         self._append_seconds = writer.append_seconds
@@ -103,11 +105,6 @@ class Lane:
     @property
     def idle(self) -> bool:
         return not (self._todo or self._sent or self._answered)
-
-    @property
-    def room(self) -> int:
-        """Bytes that can be accepted on the strength of its chunk: the end of a chunk may not fit a whole layer."""
-        return max(0, self.chunk.room - BATCH_BYTES) if self.chunk is not None else 0
 
     def abandon(self) -> None:
         """The session is over: forgets all batches (their files were told) and the chunk."""
@@ -202,27 +199,37 @@ class Lane:
     async def _change_chunk(self, batch: Batch) -> None:
         """Gets another chunk; or gives up what is to be sent if there is none to be had for too long."""
         self.retire_chunk()
-        if self._failures > 1:
-            await trio.sleep(min(FIRST_PAUSE_SECONDS * 2**self._failures, LAST_PAUSE_SECONDS))
         now = trio.current_time()
         since = self._failing_since if self._failing_since is not None else now
         give_up_at = since + self._writer.give_up_seconds
         try:
-            if self._failures >= LEAST_ATTEMPTS and now > give_up_at:
-                raise DfsError(ErrorCode.UNAVAILABLE, "no chunkserver takes what is written")
+            if self._failures >= LEAST_ATTEMPTS:
+                self._lose_patience(now, give_up_at)
+            if self._failures > 1:
+                await trio.sleep(min(FIRST_PAUSE_SECONDS * 2**self._failures, LAST_PAUSE_SECONDS))
             chunk = await self._next_chunk(batch, give_up_at, since + self._writer.no_space_seconds)
         except DfsError as error:
             self._failing_since = since
-            self._give_up(error)
+            if error.code is ErrorCode.NO_SPACE and len(batch.items) > 1:
+                # There may be space for a part of it.
+                self._todo.insert(1, batch.halve())
+            else:
+                self._give_up(error)
             return
         if self.idle and not self.copies:
             self._writer.supply.spares.append(chunk)
         else:
             self.chunk = chunk
 
+    def _lose_patience(self, now: float, give_up_at: float) -> None:
+        if self._full_since is not None and now > self._full_since + self._writer.no_space_seconds:
+            raise DfsError(ErrorCode.NO_SPACE, "the chunkservers have become full")
+        if now > give_up_at:
+            raise DfsError(ErrorCode.UNAVAILABLE, "no chunkserver takes what is written")
+
     async def _next_chunk(self, batch: Batch, deadline: float, no_space_deadline: float) -> OpenChunk:
         try:
-            return await self._writer.supply.take(deadline, no_space_deadline, self.copies)
+            return await self._writer.supply.take(batch.length, batch.blocks, deadline, no_space_deadline, self.copies)
         except DfsError as error:
             if error.code is ErrorCode.NO_SPACE and not self.copies:
                 chunk = self._writer.idle_chunk(batch.length, batch.blocks)
@@ -261,7 +268,7 @@ class Lane:
                 # Its chunk has ended meanwhile, or the session.
                 continue
             if failure is None:
-                self._failing_since, self._failures = None, 0
+                self._failing_since, self._full_since, self._failures = None, None, 0
                 if trio.current_time() < sent.started + self._writer.append_seconds / 2:
                     self._append_seconds = self._writer.append_seconds
                 self._answered.append(self._sent.popleft())
@@ -281,6 +288,10 @@ class Lane:
         if self._failing_since is None:
             self._failing_since = trio.current_time()
         self._failures += 1
+        if failure.error.code is not ErrorCode.DISK_FULL:
+            self._full_since = None
+        elif self._full_since is None:
+            self._full_since = trio.current_time()
         if self.chunk is not chunk and not chunk.retired:
             self._writer.supply.retire(chunk)
         while self._sent:
@@ -311,9 +322,15 @@ class Lane:
             await self._commit_group(group)
 
     async def _commit_group(self, group: list[Batch]) -> None:
-        items = [placed for batch in group for placed in batch.placed()]
+        items = []
+        for placed in (placed for batch in group for placed in batch.placed()):
+            if placed[1].layer.doomed:
+                self._settle(placed[1], None)
+            else:
+                items.append(placed)
         try:
-            self._committed(items, await self._ask(items))
+            if items:
+                self._committed(items, await self._ask(items))
         except DfsError as error:
             if error.code in PASSING or error.code in SESSION_OVER or len(items) == 1:
                 self._refused(items, error)
@@ -391,11 +408,12 @@ class Lane:
             self.chunk.failed = True
 
     def _settle(self, item: Item, error: DfsError | None) -> None:
-        cost = item.layer.cost
+        before = item.file.dirty.cost
         if item.file.dropped(item.layer, error):
-            self._writer.settled(item.file, cost)
+            self._writer.settled(item.file, before - item.file.dirty.cost)
 
 
 def _lost(error: DfsError) -> DfsError:
     """What the files are told."""
-    return DfsError(error.code if error.code in TOLD else ErrorCode.IO, f"written data was lost: {error.text}")
+    code = ErrorCode.NO_SPACE if error.code is ErrorCode.DISK_FULL else error.code
+    return DfsError(code if code in TOLD else ErrorCode.IO, f"written data was lost: {error.text}")

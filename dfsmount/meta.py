@@ -15,6 +15,8 @@ class Meta(Protocol):
     session: int
     cluster_id: str
     copies: int
+    # Whether the metaserver said of late that there is little space left.
+    space_short: bool
 
     async def call(self, method: Method[RequestT, ReplyT], message: RequestT, *, timeout: float = ...) -> ReplyT: ...
 

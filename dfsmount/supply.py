@@ -9,12 +9,12 @@ import trio
 
 from dfsmount.avoided import Avoided
 from dfsmount.chunkwriter import Failure, OpenChunk, Requests
+from dfsmount.dirty import LAYER_BYTES
 from dfsmount.jobs import Jobs
 from dfsmount.meta import Meta
-from dfsmount.schedule import BATCH_BYTES
 from metaserver import protocol
 from metaserver.errors import DfsError, ErrorCode
-from metaserver.protocol import Allocate, Seal
+from metaserver.protocol import CHUNK_CAPACITY, Allocate, Seal
 
 log = structlog.get_logger(__name__)
 
@@ -23,6 +23,8 @@ log = structlog.get_logger(__name__)
 THIN_SECONDS, LONGEST_THIN_SECONDS = 10.0, 640.0
 RETRY_FIRST_SECONDS, RETRY_LAST_SECONDS = 0.05, 1.0
 CALL_SECONDS = 10.0
+# So long after the cluster had not enough space for a whole chunk, chunks are not kept for later.
+SHORT_SECONDS = 30.0
 # Worth asking again: the cluster may come back.
 PASSING = frozenset({ErrorCode.UNAVAILABLE, ErrorCode.TIMEOUT, ErrorCode.CANCELLED})
 
@@ -42,6 +44,7 @@ class ChunkSupply:
         self._jobs = Jobs()
         self._avoided = Avoided()
         self._thin_seconds = THIN_SECONDS
+        self._short_until = -math.inf
         self._stocking = trio.Lock()
         self._sealing = 0
         self._sealed = trio.lowlevel.ParkingLot()
@@ -49,11 +52,6 @@ class ChunkSupply:
     async def run(self) -> None:
         """Until cancelled."""
         await self._jobs.run()
-
-    @property
-    def room(self) -> int:
-        """Bytes that can be accepted on the strength of the spares: the end of a chunk may not fit a whole batch."""
-        return sum(max(0, chunk.room - BATCH_BYTES) for chunk in self.spares)
 
     def failed(self, chunk: OpenChunk, failure: Failure, now: float) -> None:
         """An append to ``chunk`` failed."""
@@ -77,31 +75,23 @@ class ChunkSupply:
             self.spares.remove(chunk)
             self.retire(chunk)
 
-    async def take(self, deadline: float, no_space_deadline: float, copies: int = 0) -> OpenChunk:
-        """A fresh chunk for ``copies`` (0: as many as usual): a spare, or a new one. Cluster trouble is retried until
-        ``deadline`` (at least once), a full cluster until ``no_space_deadline``; then raises what was the matter."""
-        delay = RETRY_FIRST_SECONDS
-        while True:
-            if self.spares and not copies:
-                return self.spares.popleft()
-            try:
-                return await self._allocate(copies)
-            except DfsError as error:
-                until = no_space_deadline if error.code is ErrorCode.NO_SPACE else deadline
-                if error.code not in PASSING and error.code is not ErrorCode.NO_SPACE:
-                    until = -math.inf
-                if trio.current_time() + delay > until:
-                    raise
-                log.warning("no chunk to write to", error=str(error))
-            await trio.sleep(delay)
-            delay = min(2 * delay, RETRY_LAST_SECONDS)
+    async def take(
+        self, length: int, blocks: int, deadline: float, no_space_deadline: float, copies: int = 0
+    ) -> OpenChunk:
+        """A chunk for ``copies`` (0: as many as usual) that takes ``length`` bytes in ``blocks``: a spare, or a new one
+        as from :meth:`fresh`."""
+        for chunk in self.spares:
+            if not copies and chunk.fits(length, blocks):
+                self.spares.remove(chunk)
+                return chunk
+        return await self.fresh(length, deadline, no_space_deadline, copies)
 
-    async def stock(self, wanted: int, deadline: float) -> None:
-        """Returns when spares have room for ``wanted`` bytes; raises NO_SPACE at once if there is none to be had, and
-        after ``deadline`` if the cluster is not available. Cancelling is safe."""
+    async def stock(self, needed: int, deadline: float, no_space_deadline: float) -> OpenChunk:
+        """Adds one spare that takes ``needed`` bytes; retries and raises as :meth:`fresh`. Cancelling is safe."""
         async with self._stocking:
-            while self.room < wanted:
-                self.spares.append(await self._fresh(deadline))
+            chunk = await self.fresh(needed, deadline, no_space_deadline)
+            self.spares.append(chunk)
+            return chunk
 
     def stock_soon(self) -> None:
         """Has one spare ready, if it can be had."""
@@ -110,29 +100,42 @@ class ChunkSupply:
 
     async def _stock_one(self) -> None:
         try:
-            await self.stock(1, trio.current_time())
+            await self.stock(LAYER_BYTES, trio.current_time(), trio.current_time())
         except DfsError as error:
             log.info("no spare chunk", error=str(error))
 
-    async def _fresh(self, deadline: float) -> OpenChunk:
+    async def fresh(self, needed: int, deadline: float, no_space_deadline: float, copies: int = 0) -> OpenChunk:
+        """A new chunk that takes ``needed`` bytes. Cluster trouble is retried until ``deadline`` (at least once), a
+        full cluster until ``no_space_deadline``; then raises what was the matter."""
         delay = RETRY_FIRST_SECONDS
         while True:
             try:
-                return await self._allocate()
+                return await self._allocate(needed, copies)
             except DfsError as error:
-                if error.code not in PASSING or trio.current_time() + delay > deadline:
+                until = no_space_deadline if error.code is ErrorCode.NO_SPACE else deadline
+                if error.code not in PASSING and error.code is not ErrorCode.NO_SPACE:
+                    until = -math.inf
+                if trio.current_time() + delay > until:
                     raise
+                log.info("no chunk to write to yet", error=str(error))
             await trio.sleep(delay)
             delay = min(2 * delay, RETRY_LAST_SECONDS)
 
-    async def _allocate(self, copies: int = 0) -> OpenChunk:
+    async def _allocate(self, needed: int, copies: int = 0) -> OpenChunk:
         life = self.life
         now = trio.current_time()
         avoid = self._avoided.to_avoid(now)
         pulse = self._pool.pulse
         never = self._avoided.to_leave_out(now) | {server for server in avoid if pulse.silent_seconds(server)}
-        request = Allocate(self._host, tuple(avoid), copies, tuple(never))
-        allocated = await self._meta.call(protocol.ALLOCATE, request, timeout=CALL_SECONDS)
+        request = Allocate(self._host, tuple(avoid), copies, tuple(never), needed)
+        try:
+            allocated = await self._meta.call(protocol.ALLOCATE, request, timeout=CALL_SECONDS)
+        except DfsError as error:
+            if error.code is ErrorCode.NO_SPACE:
+                self._short_until = now + SHORT_SECONDS
+            raise
+        if allocated.limit < CHUNK_CAPACITY:
+            self._short_until = now + SHORT_SECONDS
         if life != self.life:
             raise DfsError(ErrorCode.UNAVAILABLE, "the session has changed")
         chunk = OpenChunk(allocated, UUID(self._meta.cluster_id), self._meta.session, self._pool)
@@ -143,6 +146,11 @@ class ChunkSupply:
             chunk.thin_until = now + self._thin_seconds
             self._thin_seconds = min(2 * self._thin_seconds, LONGEST_THIN_SECONDS)
         return chunk
+
+    @property
+    def short(self) -> bool:
+        """Whether there is so little space that chunks should not be kept for later."""
+        return self._meta.space_short or trio.current_time() < self._short_until
 
     # -- giving back -------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ stable storage on every replica, because the last append of each batch carried `
 bytes, can still be lost with the tail of the metaserver's log, and ``MetaClient`` keeps and resends that.
 """
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -36,7 +37,9 @@ TICK_SECONDS = 0.05
 @dataclass(frozen=True)
 class WriterOptions:
     """``max_dirty_bytes`` bounds what is in memory, in flight included. ``host`` is this host's name, so that the
-    metaserver can place chunks near. ``idle_seconds``: an open chunk that nothing is written to is sealed."""
+    metaserver can place chunks near. ``idle_seconds``: an open chunk that nothing is written to is sealed, sooner
+    (``short_idle_seconds``) when the cluster has little space left. ``no_space_seconds``: how long a full cluster is
+    asked again before a program is told; ``refused_seconds``: so soon after that it is asked once only."""
 
     host: str = ""
     max_dirty_bytes: int = 128 << 20
@@ -45,6 +48,8 @@ class WriterOptions:
     give_up_seconds: float = 30.0
     no_space_seconds: float = 2.0
     idle_seconds: float = 60.0
+    short_idle_seconds: float = 2.0
+    refused_seconds: float = 10.0
 
 
 class Writer:
@@ -70,6 +75,8 @@ class Writer:
         self._jobs = Jobs()
         self._files: dict[FileState, None] = {}
         self._credit = 0
+        self._refused_at = -math.inf
+        self._reserving = trio.Lock()
         self._memory = trio.lowlevel.ParkingLot()
         self._timer = Signal()
 
@@ -224,14 +231,40 @@ class Writer:
 
     async def _reserve(self, length: int) -> None:
         """Returns when open chunks have room for all that is dirty and ``length`` bytes more."""
-        deadline = trio.current_time() + self.give_up_seconds
-        while True:
-            lanes = sum(lane.room for lane in self.lanes if not lane.copies)
-            unsent = sum(file.dirty.unsent for file in self._files)
-            self._credit = lanes + self.supply.room - unsent
-            if self._credit >= length:
-                return
-            await self.supply.stock(length + unsent - lanes, deadline)
+        async with self._reserving:
+            while not self._has_credit(length):
+                await self._add_room(length)
+
+    def _has_credit(self, length: int) -> bool:
+        if self._credit < length:
+            self._credit = self._room() - sum(file.dirty.unsent for file in self._files)
+        return self._credit >= length
+
+    async def _add_room(self, length: int) -> None:
+        """Another chunk that takes ``length`` bytes; NO_SPACE if there is none, or none that is of any use."""
+        now = trio.current_time()
+        soon_after = now < self._refused_at + self.options.refused_seconds
+        patience = 0.0 if soon_after else self.no_space_seconds
+        try:
+            chunk = await self.supply.stock(length, now + self.give_up_seconds, now + patience)
+            if self._room() <= self._room(without=chunk):
+                # It is so small that what is dirty already could not be sure to fit.
+                self.supply.spares.remove(chunk)
+                self.supply.retire(chunk)
+                raise DfsError(ErrorCode.NO_SPACE, "the chunkservers are full")
+        except DfsError as error:
+            if error.code is ErrorCode.NO_SPACE:
+                self._refused_at = trio.current_time()
+            raise
+
+    def _room(self, *, without: OpenChunk | None = None) -> int:
+        """Bytes that surely fit into the open chunks, however they are divided into layers: of each chunk but the last
+        the end may be too small for another layer."""
+        lanes = [lane.chunk for lane in self.lanes if lane.chunk is not None and not lane.copies]
+        chunks = [*self.supply.spares, *lanes]
+        rooms = [chunk.room for chunk in chunks if chunk is not without]
+        large = [room - LAYER_BYTES for room in rooms if room >= LAYER_BYTES]
+        return sum(large) + LAYER_BYTES if large else max(rooms, default=0)
 
     # -- what lanes tell -----------------------------------------------------------------------------------------
 
@@ -266,23 +299,28 @@ class Writer:
 
     async def _tick(self) -> None:
         """Makes ready what has waited long enough, and seals chunks that nothing is written to."""
-        idle_seconds = min(self.options.idle_seconds, THIN_SECONDS)
-        idle_check = trio.current_time() + idle_seconds
+        checked = trio.current_time()
         while True:
             if self.schedule.waits:
                 await trio.sleep(TICK_SECONDS)
             else:
-                with trio.move_on_at(idle_check):
+                # Often enough to hear that space has become short.
+                with trio.move_on_after(self.options.short_idle_seconds):
                     await self._timer.wait()
             now = trio.current_time()
             if self.schedule.expire(now):
                 self._wake_all()
-            if now >= idle_check:
+            if now >= checked + min(self._idle_seconds, THIN_SECONDS):
                 self._retire_idle(now)
-                idle_check = now + idle_seconds
+                checked = now
+
+    @property
+    def _idle_seconds(self) -> float:
+        """After so long without anything written to it a chunk is given back."""
+        return min(self.options.idle_seconds, self.options.short_idle_seconds if self.supply.short else math.inf)
 
     def _retire_idle(self, now: float) -> None:
-        before = now - self.options.idle_seconds
+        before = now - self._idle_seconds
         for lane in self.lanes:
             if lane.idle and lane.chunk is not None and (lane.chunk.used_at <= before or lane.chunk.thin_until <= now):
                 lane.retire_chunk()

@@ -152,6 +152,8 @@ class MetaClient:
         self.session = 0
         self.epoch = 0
         self.cluster_id = ""
+        # Whether the metaserver said of late that there is little space left.
+        self.space_short = False
         self.copies = 0
         self.root: protocol.Attributes
         self.seen = 0
@@ -580,6 +582,7 @@ class MetaClient:
                 return
             self._note(answer.response)
             self._hear_time(answer.message.server_time_ns, answer.message.steady_ms)
+            self.space_short = answer.message.short
 
     async def close(self) -> None:
         """Ends the session: nothing of it is left at the metaserver. Bounded; errors are logged only."""

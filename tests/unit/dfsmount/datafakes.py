@@ -43,6 +43,7 @@ from metaserver.protocol import (
 from metaserver.protocol import (
     Entry as FileEntry,
 )
+from metaserver.space import chunk_limit, footprint
 from metaserver.wire import Empty, Method, Response
 
 CLUSTER = UUID(int=7)
@@ -229,8 +230,9 @@ class FakePool:
 
 
 class FakeChunk:
-    def __init__(self, servers: tuple[int, ...]) -> None:
+    def __init__(self, servers: tuple[int, ...], limit: int) -> None:
         self.servers = servers
+        self.limit = limit
         self.bad: set[int] = set()
         self.length = self.entries = 0
         self.sealed = False
@@ -242,6 +244,7 @@ class FakeMeta:
     def __init__(self, pool: FakePool, copies: int = 2) -> None:
         self.session = SESSION
         self.cluster_id = str(CLUSTER)
+        self.space_short = False
         self.pool = pool
         self.copies = copies
         self.min_copies = 1
@@ -332,16 +335,17 @@ class FakeMeta:
         copies = message.copies or self.copies
         if not up:
             raise DfsError(ErrorCode.UNAVAILABLE, "no server")
-        if self.space < protocol.CHUNK_CAPACITY:
+        if self.space < footprint(message.needed):
             raise DfsError(ErrorCode.NO_SPACE)
-        self.space -= protocol.CHUNK_CAPACITY
+        limit = chunk_limit(self.space, message.needed)
+        self.space -= limit
         self._next += 1
         first = self._next % max(1, len(wanted))
         others = [n for n in up if n in message.avoid]
         chosen = tuple((wanted[first:] + wanted[:first] + others)[:copies])
-        self.chunks[self._next] = FakeChunk(chosen)
+        self.chunks[self._next] = FakeChunk(chosen, limit)
         addresses = tuple(ServerAddress(number, HOST, 1000 + number, "", 1) for number in chosen)
-        return Allocated(self._next, addresses, copies)
+        return Allocated(self._next, addresses, copies, limit)
 
     def _commit(self, message: Commit) -> Committed:
         assert sum(len(file.extents) + 1 for file in message.files) <= protocol.COMMIT_EXTENTS
@@ -369,6 +373,7 @@ class FakeMeta:
             raise DfsError(ErrorCode.NOT_OWNER)
         assert told.length >= chunk.length
         assert told.entries >= chunk.entries
+        assert told.length <= chunk.limit
         for number in chunk.servers:
             replica = self.pool.servers[number].replicas[told.chunk]
             assert replica.synced >= told.entries, "committed before it was durable"
@@ -380,7 +385,7 @@ class FakeMeta:
         assert not chunk.sealed
         chunk.sealed = True
         chunk.bad.update(message.failed)
-        self.space += protocol.CHUNK_CAPACITY - chunk.length
+        self.space += chunk.limit - chunk.length
         self.sealed.append((message.chunk, message.failed))
         return Empty()
 

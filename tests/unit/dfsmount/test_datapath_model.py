@@ -129,6 +129,8 @@ def test_a_crash_leaves_a_prefix(writes: list[tuple[int, int, int]]) -> None:
             states = [b""]
             bench.pool.latency_seconds = 0.01
             for number, (offset, length, pause) in enumerate(writes):
+                if file.error is not None:
+                    break  # so many full disks that it was given up: the next write would say so
                 data = bytes([number + 1]) * length * 10_000
                 await bench.writer.write(file, offset * 10_000, data)
                 content.extend(bytes(max(0, offset * 10_000 - len(content))))
@@ -144,6 +146,6 @@ def test_a_crash_leaves_a_prefix(writes: list[tuple[int, int, int]]) -> None:
             while file.is_dirty:
                 await file.settled.park()
                 assert bench.meta.content(file.ino) in states
-            assert bench.meta.content(file.ino) == states[-1]
+            assert file.error is not None or bench.meta.content(file.ino) == states[-1]
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
