@@ -6,7 +6,7 @@ disturb the others. Every attempt at a replica is a task with a deadline; the fi
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import structlog
 import trio
@@ -14,9 +14,11 @@ import trio
 from chunkserver.chunkfile import Entry
 from chunkserver.client import Blocks
 from chunkserver.protocol import Peer
+from chunkserver.pulse import Pulse
 from dfsmount.cache import BlockCache, Run
 from dfsmount.jobs import Jobs
 from dfsmount.meta import Meta
+from dfsmount.pace import HEDGE_LEAST_SECONDS, Pace
 from metaserver import protocol
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import ReportReplica
@@ -26,11 +28,10 @@ log = structlog.get_logger(__name__)
 # One request: long enough that its cost does not matter (0.4 ms), short enough to come quickly.
 FETCH_BYTES = 1 << 20
 ATTEMPT_SECONDS = 5.0
-# A read is sent to a second replica after the recent 95th percentile, within these bounds.
-HEDGE_LEAST_SECONDS, HEDGE_MOST_SECONDS = 0.05, 1.0
-RECENT_READS = 128
 # How long a replica that gave wrong bytes, or none, is asked last.
 SHUN_SECONDS = 60.0
+# How long a server that did not answer in time is asked last; by then its pulse tells more.
+LATE_SECONDS = 1.0
 REPORT_SECONDS = 10.0
 # A replica that failed like this may well have the next block.
 DAMAGE = frozenset({ErrorCode.BAD_CHECKSUM, ErrorCode.IO, ErrorCode.REPLICA_FAILED})
@@ -43,31 +44,26 @@ class Pool(Protocol):
 
     def is_suspect(self, peer: Peer) -> bool: ...
 
+    pulse: Pulse
 
-class Pace:
-    """How long reads take lately: when to ask a second replica."""
 
-    def __init__(self) -> None:
-        self.hedge_seconds = HEDGE_MOST_SECONDS
-        self._recent: deque[float] = deque(maxlen=RECENT_READS)
-        self._count = 0
+class Attempt(NamedTuple):
+    """A server that was asked, when, and how to stop waiting for it."""
 
-    def note(self, seconds: float) -> None:
-        self._recent.append(seconds)
-        self._count += 1
-        if self._count % 16 == 0:
-            slow = sorted(self._recent)[len(self._recent) * 95 // 100]
-            self.hedge_seconds = min(max(slow, HEDGE_LEAST_SECONDS), HEDGE_MOST_SECONDS)
+    server: int
+    started: float
+    scope: trio.CancelScope
 
 
 class Fetch:
     """One range of a chunk on its way. When ``done``, ``run`` is what came, or ``error`` why nothing did.
 
-    ``candidates`` are the servers not asked yet, ``scopes`` the attempts under way. ``damaged``: some replica has not
+    ``candidates`` are the servers not asked yet, ``attempts`` those under way. ``damaged``: some replica has not
     all of the range.
     """
 
     __slots__ = (
+        "attempts",
         "candidates",
         "chunk",
         "damaged",
@@ -75,7 +71,6 @@ class Fetch:
         "error",
         "hedge_at",
         "run",
-        "scopes",
         "speculative",
         "start",
         "stop",
@@ -87,7 +82,7 @@ class Fetch:
         self.stop = stop
         self.speculative = speculative
         self.candidates: deque[int] = deque()
-        self.scopes: set[trio.CancelScope] = set()
+        self.attempts: list[Attempt] = []
         self.hedge_at = 0.0
         self.damaged = False
         self.done = trio.Event()
@@ -115,6 +110,7 @@ class Fetcher:
         self._watched: list[Fetch] = []
         self._watch_more = trio.Event()
         self._shunned: dict[tuple[int, int], float] = {}
+        self._late: dict[int, float] = {}
 
     async def run(self) -> None:
         self._jobs.start(self._hedge)
@@ -178,50 +174,64 @@ class Fetcher:
         return [fetch for fetch in self._flights.get(chunk, ()) if fetch.start > offset]
 
     def _in_order(self, chunk: int, servers: Sequence[int]) -> list[int]:
-        """The given order (nearest first), but who failed lately last."""
+        """The given order (nearest first), but who failed lately or does not answer comes last, slow ones before."""
         now = trio.current_time()
-        return sorted(
-            servers, key=lambda server: self._shunned.get((chunk, server), 0.0) > now or self._doubtful(server)
-        )
+        return sorted(servers, key=lambda server: self._doubts(chunk, server, now))
 
-    def _doubtful(self, server: int) -> bool:
+    def _doubts(self, chunk: int, server: int, now: float) -> int:
+        """0: none."""
+        if self._shunned.get((chunk, server), 0.0) > now or self._is_silent(server, now):
+            return 2
+        return int(self._pace.is_slow(server, now))
+
+    def _is_silent(self, server: int, now: float) -> bool:
+        if self._late.get(server, 0.0) > now or self._pool.pulse.silent_seconds(server) > LATE_SECONDS:
+            return True
         address = self._meta.peer(server)
         return address is not None and self._pool.is_suspect(Peer(server, address.host, address.port))
 
     # -- attempts ------------------------------------------------------------------------------------------------
 
     def _ask_next(self, fetch: Fetch) -> None:
-        scope = trio.CancelScope()
-        fetch.scopes.add(scope)
-        fetch.hedge_at = trio.current_time() + self._pace.hedge_seconds
+        now = trio.current_time()
+        attempt = Attempt(fetch.candidates.popleft(), now, trio.CancelScope())
+        fetch.attempts.append(attempt)
+        fetch.hedge_at = now + self._pace.hedge_seconds
         self.requests += 1
-        self._jobs.start(self._attempt, fetch, fetch.candidates.popleft(), scope)
+        self._jobs.start(self._attempt, fetch, attempt)
 
-    async def _attempt(self, fetch: Fetch, server: int, scope: trio.CancelScope) -> None:
-        started = trio.current_time()
+    async def _attempt(self, fetch: Fetch, attempt: Attempt) -> None:
         run: Run | None = None
         error: DfsError | None = None
-        with scope:
+        with attempt.scope:
             try:
-                peer = await self._peer(server)
+                peer = await self._peer(attempt.server)
                 blocks = await self._pool.read(
                     peer, fetch.chunk, fetch.start, fetch.stop - fetch.start, timeout=ATTEMPT_SECONDS
                 )
                 run = _run_of(blocks)
             except DfsError as problem:
                 error = problem
-        fetch.scopes.discard(scope)
-        if fetch.done.is_set() or scope.cancelled_caught:
+        fetch.attempts.remove(attempt)
+        if fetch.done.is_set() or attempt.scope.cancelled_caught:
             return
         if run is not None:
-            self._pace.note(trio.current_time() - started)
+            self._won(fetch, attempt)
             self._end(fetch, run, None)
         elif error is not None:
-            self._failed(fetch, server, error)
+            self._failed(fetch, attempt.server, error)
         elif fetch.speculative:
             self._end(fetch, None, DfsError(ErrorCode.RANGE, "nothing there"))
         else:
-            self._failed(fetch, server, DfsError(ErrorCode.REPLICA_FAILED, "the replica is too short"))
+            self._failed(fetch, attempt.server, DfsError(ErrorCode.REPLICA_FAILED, "the replica is too short"))
+
+    def _won(self, fetch: Fetch, winner: Attempt) -> None:
+        """Remembers how long it took, also those that were asked earlier and have not answered yet."""
+        now = trio.current_time()
+        self._pace.note(winner.server, now - winner.started, now)
+        for loser in fetch.attempts:
+            if loser.started < winner.started:
+                self._pace.note(loser.server, now - loser.started, now)
 
     def _failed(self, fetch: Fetch, server: int, error: DfsError) -> None:
         self.failures += 1
@@ -235,13 +245,13 @@ class Fetcher:
             fetch.error = error
         if fetch.candidates:
             self._ask_next(fetch)
-        elif not fetch.scopes:
+        elif not fetch.attempts:
             self._end(fetch, None, fetch.error)
 
     def _end(self, fetch: Fetch, run: Run | None, error: DfsError | None) -> None:
         fetch.run, fetch.error = run, error
-        for scope in fetch.scopes:
-            scope.cancel()
+        for attempt in fetch.attempts:
+            attempt.scope.cancel()
         self.in_flight_bytes -= fetch.stop - fetch.start
         flights = self._flights[fetch.chunk]
         flights.remove(fetch)
@@ -288,8 +298,17 @@ class Fetcher:
             for fetch in self._watched:
                 if fetch.hedge_at <= now and fetch.candidates and not fetch.done.is_set():
                     self.hedges += 1
+                    self._doubt(fetch, now)
                     self._ask_next(fetch)
             await trio.sleep(HEDGE_LEAST_SECONDS / 2)
+
+    def _doubt(self, fetch: Fetch, now: float) -> None:
+        """Who does not answer in time is asked last for a moment, until it is known whether it answers anybody."""
+        for attempt in fetch.attempts:
+            self._late[attempt.server] = now + LATE_SECONDS
+            address = self._meta.peer(attempt.server)
+            if address is not None:
+                self._pool.pulse.watch(Peer(attempt.server, address.host, address.port))
 
 
 def _hope(error: DfsError) -> int:
