@@ -269,7 +269,9 @@ class Operations(pyfuse3.Operations):
 
     @_bounded(Kind.NAMES)
     async def listxattr(self, inode: int, ctx: RequestContext) -> Any:
-        return await self._vfs.list_xattrs(self._inside(inode))
+        names = await self._vfs.list_xattrs(self._inside(inode))
+        # As ext4: these are for the administrator's eyes only.
+        return names if ctx.uid == 0 else [name for name in names if not name.startswith(b"trusted.")]
 
     @_bounded(Kind.NAMES)
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:

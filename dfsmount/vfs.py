@@ -20,6 +20,9 @@ log = structlog.get_logger(__name__)
 
 STATS_SECONDS = 1.0
 _ACL_PREFIX = b"system.posix_acl_"
+_ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
+# The namespaces that local filesystems have; the kernel checks who may use them.
+_NAMESPACES = (b"user.", b"trusted.", b"security.")
 
 
 class Vfs:
@@ -73,9 +76,11 @@ class Vfs:
         """Whether ``name`` is known to be missing (the kernel asks for security.capability before each write)."""
         inode = self.core.inodes.believed(ino)
         has_none = inode is not None and not inode.attributes.flags & InodeFlags.HAS_XATTRS
-        return has_none and name != FLUSH_XATTR
+        plain = name.startswith(_NAMESPACES) and name not in _NAMESPACES and name != FLUSH_XATTR
+        return has_none and (plain or name in _ACLS)
 
     async def get_xattr(self, ino: int, name: bytes) -> bytes:
+        _check_namespace(name)
         if name == FLUSH_XATTR and ino == self.root:
             await self.write_everything()
             return b"done"
@@ -87,6 +92,7 @@ class Vfs:
 
     async def set_xattr(self, ino: int, name: bytes, value: bytes) -> None:
         """Whether the name must or must not exist was checked by pyfuse3, not in one step with the change."""
+        _check_namespace(name)
         await self._settle(ino, name)
         await self.core.remote.set_xattr(ino, name, value)
         self.core.inodes.doubt(ino)
@@ -104,6 +110,7 @@ class Vfs:
         return await self.core.remote.list_xattrs(ino)
 
     async def remove_xattr(self, ino: int, name: bytes) -> None:
+        _check_namespace(name)
         await self._settle(ino, name)
         await self.core.remote.remove_xattr(ino, name)
         self.core.inodes.doubt(ino)
@@ -200,3 +207,12 @@ class Vfs:
             log.warning("an open file could not be registered again", inode=file.ino, error=str(error))
         else:
             self.core.learn(entry, asked_at)
+
+
+def _check_namespace(name: bytes) -> None:
+    if name in _ACLS:
+        return
+    if not name.startswith(_NAMESPACES):
+        raise DfsError(ErrorCode.NOT_SUPPORTED, "no such namespace of extended attributes")
+    if name in _NAMESPACES:
+        raise DfsError(ErrorCode.INVALID)
