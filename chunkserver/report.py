@@ -191,7 +191,11 @@ class Callbacks(Protocol):
 
 
 class Reporter:
-    """Registers and sends heartbeats until the mailbox is closed."""
+    """Registers and sends heartbeats until the mailbox is closed.
+
+    :meth:`work` is what it does; all that takes time in it goes through :meth:`ask`, :meth:`join`, :meth:`pause` and
+    :meth:`wait`, which block here. A simulation overrides them with ones that wait in virtual time.
+    """
 
     def __init__(
         self,
@@ -215,19 +219,39 @@ class Reporter:
         self._backoff = BACKOFF_SECONDS
 
     def run(self) -> None:
-        """Blocks; for a thread of its own. Raises :class:`DfsError` for what trying again cannot cure."""
+        """:meth:`work`, blocking; for a thread of its own."""
+        try:
+            self.work().send(None)
+        except StopIteration:
+            return
+        raise RuntimeError("what blocks must not wait for an event loop")
+
+    async def work(self) -> None:
+        """Raises :class:`DfsError` for what trying again cannot cure."""
         while not self._mailbox.closed:
             try:
-                self._register()
-                self._send_heartbeats()
+                await self._register()
+                await self._send_heartbeats()
             except DfsError as error:
                 if error.code is ErrorCode.WRONG_CLUSTER or (error.code in _HOPELESS and not self._was_registered):
                     raise
-                self._back_off(error)
+                await self._back_off(error)
 
-    def _back_off(self, error: DfsError) -> None:
+    async def ask(self, path: str, message: msgspec.Struct, reply: type[ReplyT]) -> ReplyT:
+        return self._control.post(path, message, reply)
+
+    async def join(self, reply: Registered) -> None:
+        self._callbacks.registered(reply)
+
+    async def pause(self, seconds: float) -> None:
+        self._mailbox.pause(seconds)
+
+    async def wait(self, seconds: float) -> None:
+        self._mailbox.wait(seconds)
+
+    async def _back_off(self, error: DfsError) -> None:
         self._note_problem(error)
-        self._mailbox.pause(self._backoff)
+        await self.pause(self._backoff)
         self._backoff = min(2 * self._backoff, BACKOFF_LIMIT_SECONDS)
 
     def _note_problem(self, error: DfsError | None) -> None:
@@ -239,36 +263,36 @@ class Reporter:
             log.info("reporting to the metaserver again")
         self._problem = text
 
-    def _register(self) -> None:
+    async def _register(self) -> None:
         register = self._callbacks.registration()
-        reply = self._control.post("/v1/servers/register", register, Registered)
-        self._callbacks.registered(reply)
+        reply = await self.ask("/v1/servers/register", register, Registered)
+        await self.join(reply)
         self._was_registered = True
         self._server, self._incarnation = register.server, register.incarnation
         self._heartbeat_seconds = reply.heartbeat_seconds
         for page in report_pages(self._incarnation, self._callbacks.listing()):
-            self._control.post(f"/v1/servers/{self._server}/report", page, Json)
+            await self.ask(f"/v1/servers/{self._server}/report", page, Json)
         log.info("registered", cluster=reply.cluster_id, epoch=reply.epoch)
         self._note_problem(None)
 
-    def _send_heartbeats(self) -> None:
+    async def _send_heartbeats(self) -> None:
         """Until the metaserver wants to start over. Out of reach it is tried on: it may still know this server."""
         while not self._mailbox.closed:
             try:
-                reply, more = self._heartbeat()
+                reply, more = await self._heartbeat()
             except ConnectionLost as error:
-                self._back_off(error)
+                await self._back_off(error)
                 continue
             if reply is not None:
                 self._backoff = BACKOFF_SECONDS
                 self._note_problem(None)
                 if reply.register_again:
                     return
-            self._mailbox.pause(min(EARLY_SECONDS, self._heartbeat_seconds))
+            await self.pause(min(EARLY_SECONDS, self._heartbeat_seconds))
             if not more:
-                self._mailbox.wait(self._heartbeat_seconds - EARLY_SECONDS)
+                await self.wait(self._heartbeat_seconds - EARLY_SECONDS)
 
-    def _heartbeat(self) -> tuple[HeartbeatReply | None, bool]:
+    async def _heartbeat(self) -> tuple[HeartbeatReply | None, bool]:
         """One exchange; the reply is None if there was nothing to say. Also: whether more waits to be said."""
         snapshot = self._mailbox.snapshot()
         if snapshot is None or self._clock() - snapshot.taken > STUCK_SECONDS:
@@ -277,7 +301,7 @@ class Reporter:
         self._number += 1
         parcel = self._outbox.parcel()
         heartbeat = make_heartbeat(self._incarnation, self._number, snapshot, parcel)
-        reply = self._control.post(f"/v1/servers/{self._server}/heartbeat", heartbeat, HeartbeatReply)
+        reply = await self.ask(f"/v1/servers/{self._server}/heartbeat", heartbeat, HeartbeatReply)
         if reply.acknowledged >= self._number:
             self._outbox.acknowledge(parcel.mark)
         if reply.orders and not reply.register_again:

@@ -1,9 +1,9 @@
 """What the halves of the virtual filesystem share: the tables, and what the kernel is told about an inode."""
 
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import trio
@@ -63,14 +63,23 @@ class Shown(msgspec.Struct, gc=False):
 
 
 class Core:
-    """The state of a mount."""
+    """The state of a mount. ``run_sync`` runs what blocks in a thread."""
 
-    def __init__(self, remote: Remote, writer: Writer, reader: Reader, kernel: Kernel, options: VfsOptions) -> None:
+    def __init__(
+        self,
+        remote: Remote,
+        writer: Writer,
+        reader: Reader,
+        kernel: Kernel,
+        options: VfsOptions,
+        run_sync: Callable[..., Awaitable[Any]] = trio.to_thread.run_sync,
+    ) -> None:
         self.remote = remote
         self.writer = writer
         self.reader = reader
         self.kernel = kernel
         self.options = options
+        self._run_sync = run_sync
         self.foreseen = Foreseen(options.attr_timeout, trio.current_time)
         self.inodes = InodeTable(options.attr_timeout, left=self.foreseen.forget_inode)
         self.files = OpenFiles(self.inodes)
@@ -159,7 +168,7 @@ class Core:
             await self._doubts.wait()
             self._doubts = trio.Event()
             inos, self._doubted_contents = sorted(self._doubted_contents), set()
-            await trio.to_thread.run_sync(self.kernel.forget_contents, inos, abandon_on_cancel=True)
+            await self._run_sync(self.kernel.forget_contents, inos, abandon_on_cancel=True)
 
     # -- entries of directories ----------------------------------------------------------------------------------
 
