@@ -197,7 +197,7 @@ class Table:
     async def sync_directories(self) -> None:
         """Makes past deletions and renames durable."""
         pending, self._unsynced_directories = self._unsynced_directories, set()
-        for directory in pending:
+        for directory in sorted(pending):
             try:
                 await self.run_sync(self.disk.sync_directory, directory, limiter=self.limits.changes)
             except OSError as error:

@@ -50,7 +50,7 @@ class Ids:
         """``first`` of each kind begins a range that is durable."""
         self._ranges = {kind: _Range(number, number + RANGES[kind]) for kind, number in first.items()}
         self._first = first
-        self.wanting: set[IdKind] = set()
+        self.wanting: dict[IdKind, None] = {}
 
     def next_limit(self, kind: IdKind) -> int:
         """The end of the range to reserve now."""
@@ -65,7 +65,7 @@ class Ids:
         ids = self._ranges[kind]
         ids.reserved += RANGES[kind]
         ids.reserved_by = number
-        self.wanting.discard(kind)
+        self.wanting.pop(kind, None)
 
     def durable(self, number: int) -> None:
         """Changes up to ``number`` are durable."""
@@ -94,5 +94,5 @@ class Ids:
             raise IdsUsedUp(kind)
         ids.next = number + 1
         if ids.limit - number < RANGES[kind] // 2 and not ids.reserved_by:
-            self.wanting.add(kind)
+            self.wanting[kind] = None
         return number
