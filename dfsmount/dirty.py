@@ -182,6 +182,11 @@ class DirtyRuns:
         """The modification time that the newest layer with one brings."""
         return next((layer.mtime_ns for layer in reversed(self.layers) if layer.mtime_ns is not None), None)
 
+    @property
+    def start(self) -> int:
+        """The offset of the first dirty byte; past every file if there is none."""
+        return min((layer.starts[0] for layer in self.layers), default=1 << 63)
+
     def write(self, offset: int, data: bytes, truncate_generation: int, mtime_ns: int) -> bool:
         """Takes a write; whether its layer is full by that and now closed."""
         layer = self._open

@@ -123,11 +123,19 @@ class Writer:
             self._wake_all()
 
     async def truncate_local(self, file: FileState, size: int) -> None:
-        """Before a truncate is sent: what is in flight is committed first, what is dirty past ``size`` is dropped.
+        """Before a truncate is sent: what is dirty is committed first, so that a crash never leaves the truncate and
+        not what was written before it (promise P3). Only if all of it lies past ``size`` it is dropped instead.
 
+        Raises why bytes are lost that should have been committed; then nothing has changed.
         ``file.size`` is ``size`` when it returns; ``file.refresh`` with the metaserver's answer ends it (or with fresh
         attributes, if the truncate failed). Cancelling before it returns changes nothing.
         """
+        if file.dirty.start < size:
+            failures = file.error_count
+            await self.flush(file)
+            error = file.error_since(failures)
+            if error is not None:
+                raise error
         file.held += 1
         try:
             while file.dirty.in_flight:

@@ -3,7 +3,7 @@
 import pytest
 import trio
 import trio.testing
-from datafakes import Trouble, open_bench
+from datafakes import Bench, Trouble, open_bench
 
 from dfsmount.dirty import LAYER_BYTES
 from dfsmount.filestate import FileState
@@ -413,6 +413,44 @@ async def test_truncate_that_fails_shows_the_old_size(autojump_clock: trio.testi
         assert await bench.read(file) == b"012"
         file.refresh(bench.meta.entry(file.ino))
         assert await bench.read(file) == b"0123456789"
+
+
+async def test_truncate_comes_after_what_was_written_before_it(autojump_clock: trio.testing.MockClock) -> None:
+    """Who crashes right after it leaves the truncated file with what had been written, not without."""
+    async with open_bench() as bench:
+        file = bench.create()
+        await bench.writer.write(file, 0, b"0123456789")
+        await bench.writer.truncate_local(file, 3)
+        assert bench.meta.content(file.ino) == b"0123456789"
+        file.refresh(bench.meta.entry(file.ino))
+
+
+async def test_truncate_drops_what_lies_past_it(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_bench() as bench:
+        file = bench.create()
+        await bench.writer.write(file, 10, b"0123456789")
+        await bench.truncate(file, 10)
+        await bench.writer.flush(file)
+        assert bench.writer.dirty_bytes == 0
+        assert bench.meta.content(file.ino) == bytes(10)
+        assert sum(server.appends for server in bench.pool.servers.values()) == 0
+
+
+async def test_truncate_fails_if_what_was_written_is_lost(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_bench() as bench:
+        file = bench.create()
+        await bench.writer.write(file, 0, b"0123456789")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_fails_with_io, bench, file)
+            await trio.testing.wait_all_tasks_blocked()
+            bench.writer.abandon_all(DfsError(ErrorCode.IO))
+        assert file.size == 0
+
+
+async def _fails_with_io(bench: Bench, file: FileState) -> None:
+    with pytest.raises(DfsError) as caught:
+        await bench.writer.truncate_local(file, 3)
+    assert caught.value.code is ErrorCode.IO
 
 
 async def test_explicit_times_are_not_overwritten_by_late_commits(autojump_clock: trio.testing.MockClock) -> None:
