@@ -4,6 +4,8 @@ One task at a time changes a piece of it, and every method is synchronous, so no
 creates one per inode; the writer changes what concerns dirty bytes, the reader fills in the map.
 """
 
+from collections.abc import Callable
+
 import trio
 
 from dfsmount.dirty import DirtyRuns, Layer
@@ -12,18 +14,22 @@ from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import FILE_SIZE_MAX, Attributes, Entry, Extent, FileMap
 
 
+def _nobody() -> None:
+    """Nobody wants to know."""
+
+
 class FileState:
     """The state of one inode.
 
     ``attributes`` are the newest the metaserver has told; ``size``, ``mtime_ns`` and ``ctime_ns`` are what this mount
     shows: ahead of the attributes while something is dirty. ``places`` says for chunks of the map which servers have
     them. ``error`` is why bytes were lost and ``error_count`` how often that happened: a handle remembers the count it
-    has reported (:meth:`error_since`), so that each handle reports each failure once.
+    has reported (:meth:`error_since`), so that each handle reports each failure once. ``on_loss`` is called each time.
 
     Invariant: ``extents`` describes the contents at ``data_version`` of ``attributes``, where it is known at all.
     """
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: Entry, on_loss: Callable[[], None] = _nobody) -> None:
         self.attributes: Attributes = entry.attributes
         self.ino = entry.attributes.ino
         self.size = self.mtime_ns = self.ctime_ns = 0
@@ -32,6 +38,7 @@ class FileState:
         self.dirty = DirtyRuns()
         self.error: DfsError | None = None
         self.error_count = 0
+        self._on_loss = on_loss
         # The writer's. Unparked whenever a layer is done; how many truncates hold it back; how many bytes were
         # written in order, and up to where; the lane it streams into (0: the one for all).
         self.settled = trio.lowlevel.ParkingLot()
@@ -211,8 +218,10 @@ class FileState:
         self.settled.unpark_all()
 
     def fail(self, error: DfsError) -> None:
+        """Written bytes are lost because of ``error``."""
         self.error = error
         self.error_count += 1
+        self._on_loss()
 
     def error_since(self, count: int) -> DfsError | None:
         """The error of a handle that has reported ``count`` failures; the handle then remembers ``error_count``."""

@@ -30,10 +30,11 @@ class OpenFile:
 
     ``pins`` counts handles and opens in progress; ``writing`` is whether it is registered for writing; ``stale``:
     another session changed it since ``state`` was refreshed; ``unlinked``: no name is left; ``made_as``: the parent and
-    name it was created with here; ``ahead``: changed attributes that the metaserver has not answered yet.
+    name it was created with here; ``ahead``: changed attributes that the metaserver has not answered yet; ``told``: of
+    how many of the state's errors somebody has heard.
     """
 
-    __slots__ = ("ahead", "inode", "made_as", "pins", "stale", "state", "unlinked", "writing")
+    __slots__ = ("ahead", "inode", "made_as", "pins", "stale", "state", "told", "unlinked", "writing")
 
     def __init__(self, inode: Inode, state: FileState) -> None:
         self.inode = inode
@@ -44,6 +45,7 @@ class OpenFile:
         self.unlinked = False
         self.made_as: tuple[int, bytes] | None = None
         self.ahead: Ahead | None = None
+        self.told = 0
 
     @property
     def ino(self) -> int:
@@ -53,6 +55,11 @@ class OpenFile:
     def settled(self) -> bool:
         """Whether the metaserver knows everything that was done to it here."""
         return self.ahead is None and not self.state.is_dirty
+
+    def take_untold(self) -> DfsError | None:
+        """Why written bytes are lost, if nobody has heard of that yet; the caller tells."""
+        known, self.told = self.told, self.state.error_count
+        return self.state.error_since(known)
 
 
 class FileHandle:
@@ -72,7 +79,7 @@ class FileHandle:
         state = self.file.state
         if state.error_count > self.errors_seen:
             error = state.error_since(self.errors_seen)
-            self.errors_seen = state.error_count
+            self.errors_seen = self.file.told = state.error_count
             raise error or DfsError(ErrorCode.IO, "written data was lost")
 
 
@@ -227,6 +234,7 @@ class OpenFiles:
         inode = file.inode
         del self._files[inode.ino]
         inode.opened = None
+        inode.lost = file.take_untold() or inode.lost
         if file.made_as is not None and self.made.get(file.made_as) == inode.ino:
             del self.made[file.made_as]
         # What the writer learned with its commits is newer than what was known at the open.

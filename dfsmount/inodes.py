@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
+from metaserver.errors import DfsError
 from metaserver.protocol import Attributes
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Inode:
 
     ``kernel_version``: the data version whose contents the kernel's page cache may hold; -1: none.
     ``shown_size``: the size the kernel was told last; -1: none. ``parent`` is known (not 0) for most directories.
+    ``lost``: written bytes of it are lost, and no handle was left to tell of that.
     ``opened`` is there while this mount has the inode open or dirty, or has not deregistered it yet.
     """
 
@@ -46,6 +48,7 @@ class Inode:
         "ino",
         "kernel_version",
         "lookups",
+        "lost",
         "opened",
         "parent",
         "shown_size",
@@ -60,6 +63,7 @@ class Inode:
         self.doubted_at = NEVER
         self.kernel_version = -1
         self.lookups = 0
+        self.lost: DfsError | None = None
         self.opened: OpenFile | None = None
         self.parent = 0
         self.shown_size = -1

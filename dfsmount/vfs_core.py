@@ -87,6 +87,8 @@ class Core:
         self.fresh = FreshDirectories()
         self.jobs = Jobs()
         self.deferred = Deferred(remote.set_attributes, self.jobs, self.changed)
+        # How often written bytes were lost.
+        self.losses = 0
         self._doubted_contents: set[int] = set()
         self._doubts = trio.Event()
 
@@ -211,6 +213,22 @@ class Core:
         file = self.files.get(ino)
         if file is not None and not file.settled:
             await self.flush_file(file)
+
+    async def commit(self, ino: int) -> None:
+        """:meth:`flush`, before the inode gets another name: that name must not lead to contents that lack some of what
+        was written. Raises why bytes are lost, if nobody was told of that yet."""
+        await self.flush(ino)
+        inode = self.inodes.get(ino)
+        if inode is None:
+            return
+        lost, inode.lost = inode.lost, None
+        if inode.opened is not None:
+            lost = inode.opened.take_untold() or lost
+        if lost is not None:
+            raise lost
+
+    def note_loss(self) -> None:
+        self.losses += 1
 
     async def flush_file(self, file: OpenFile) -> None:
         await self.deferred.settle(file)

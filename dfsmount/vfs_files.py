@@ -83,8 +83,9 @@ class Files:
 
     def _register(self, inode: Inode, entry: Entry, writing: bool) -> OpenFile:
         """The open file, pinned."""
-        file = self._core.files.add(inode, lambda: FileState(entry))
-        self._core.files.pin(file)
+        core = self._core
+        file = core.files.add(inode, lambda: FileState(entry, core.note_loss))
+        core.files.pin(file)
         file.writing = file.writing or writing
         return file
 

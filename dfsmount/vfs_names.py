@@ -180,7 +180,7 @@ class Names:
     async def link(self, ino: int, new_parent: int, new_name: bytes) -> Shown:
         """Counts as one reference."""
         core = self._core
-        await core.flush(ino)
+        await core.commit(ino)
         asked_at = core.inodes.now()
         with core.changing_entries(new_parent):
             attributes = await core.remote.link(ino, new_parent, new_name)
@@ -273,15 +273,15 @@ class Names:
         return entry.attributes.ino
 
     async def _flush_name(self, parent: int, name: bytes) -> None:
-        """Commits the data of whatever file has this name, if it is dirty here."""
+        """Commits the data of whatever file has this name, if it is dirty here. Raises if some of it is lost."""
         core = self._core
-        if core.writer.dirty_bytes == 0:
+        if core.writer.dirty_bytes == 0 and not core.losses:
             return
         ino = core.files.made.get((parent, name))
         if ino is None:
             entry = await core.remote.lookup(parent, name)
             ino = entry.attributes.ino
-        await core.flush(ino)
+        await core.commit(ino)
 
 
 def _parent_of(attributes: Attributes, parent: int) -> int:

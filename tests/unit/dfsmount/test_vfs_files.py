@@ -471,3 +471,44 @@ async def test_reading_one_xattr_writes_everything(a: TestMount) -> None:
     with pytest.raises(DfsError):
         await a.vfs.get_xattr(a.root, b"user.dfs.flush")
     assert await a.vfs.list_xattrs(a.root) == ()
+
+
+# -- what is lost must not replace what is not -----------------------------------------------------------------------
+
+
+async def test_rename_fails_if_what_is_moved_is_lost(a: TestMount) -> None:
+    old, kept = await a.create(b"target", b"kept")
+    await a.files.fsync(kept)
+    new, handle = await a.create(b"new", b"lost")
+    a.writer.broken = DfsError(ErrorCode.IO)
+    with pytest.raises(DfsError) as caught:
+        await a.names.rename(a.root, b"new", a.root, b"target", 0)
+    assert code_of(caught.value) is ErrorCode.IO
+    assert [(await a.stat(name)).ino for name in (b"target", b"new")] == [old, new]
+    a.writer.broken = None
+    with pytest.raises(DfsError):
+        await a.close(handle)
+    # Somebody has been told: who renames now knows what he does.
+    await a.names.rename(a.root, b"new", a.root, b"target", 0)
+    assert (await a.stat(b"target")).ino == new
+
+
+async def test_rename_and_link_tell_what_was_lost_when_nobody_had_it_open(a: TestMount) -> None:
+    for number, change in enumerate(("rename", "link")):
+        name = b"new%d" % number
+        ino, handle = await a.create(name, b"lost")
+        await a.close(handle)
+        a.writer.broken = DfsError(ErrorCode.IO)
+        await a.core.flush(ino)
+        a.writer.broken = None
+        await a.vfs._close_now()
+        assert a.core.files.get(ino) is None
+        for attempt in range(2):
+            try:
+                if change == "rename":
+                    await a.names.rename(a.root, name, a.root, b"other", 0)
+                else:
+                    await a.names.link(ino, a.root, b"third")
+                assert attempt == 1
+            except DfsError as error:
+                assert (attempt, error.code) == (0, ErrorCode.IO)
