@@ -84,6 +84,7 @@ class SimNode:
         self.drift = 1.0
         self.offset_ns = 0
         self.frozen_seconds = 0.0
+        self.booted = 0.0
         self._killed = trio.Event()
         self._stopped = trio.Event()
         self._jobs: trio.Nursery | None = None
@@ -91,6 +92,10 @@ class SimNode:
 
     def wall_ns(self) -> int:
         return EPOCH_NS + self.offset_ns + int(trio.current_time() * self.drift * 1e9)
+
+    def steady_ns(self) -> int:
+        """Nanoseconds since the host's start."""
+        return int((trio.current_time() - self.booted) * self.drift * 1e9) + 1_000_000_000
 
     async def run_sync(
         self, function: Callable[..., Any], *arguments: Any, limiter: Any = None, abandon_on_cancel: bool = False
@@ -208,6 +213,8 @@ class SimNode:
         if self._jobs is not None:
             self._jobs.cancel_scope.cancel()
         await self._stopped.wait()
+        if power:
+            self.booted = trio.current_time()
 
     def detach(self) -> None:
         """From now on the process has no effect on its disk."""
@@ -254,7 +261,12 @@ class MetaNode(SimNode):
                 boot_id=self.boot.to_bytes(16, "big"),
             ) as committer:
                 parts = Parts(
-                    committer, world.config, CLUSTER, now_ns=self.wall_ns, random=Random(world.random.random())
+                    committer,
+                    world.config,
+                    CLUSTER,
+                    now_ns=self.wall_ns,
+                    steady_ns=self.steady_ns,
+                    random=Random(world.random.random()),
                 )
                 parts.load()
                 self.parts = parts
@@ -473,7 +485,7 @@ class ClientNode(SimNode):
         async with trio.open_nursery() as nursery:
             meta = MetaClient(
                 META, META_PORT, None, identity, hooks,
-                connect=world.net.connector(self.name), clock_ns=self.wall_ns,
+                connect=world.net.connector(self.name), clock_ns=self.steady_ns,
             )  # fmt: skip
             await meta.start(nursery)
             pool = Pool(nursery, None, meta.cluster_id, session=meta.session, connect=world.net.connector(self.name))
