@@ -285,13 +285,15 @@ class Cleaner:
             if not group or not target:
                 return
             sources = await self._sources(group, target)
-            if not sources:
-                self._not_before.update({usage.chunk: self._clock.seconds + RETRY_SECONDS for usage in group})
+            left_out = [usage.chunk for usage in group if usage.chunk not in sources]
+            self._not_before.update(dict.fromkeys(left_out, self._clock.seconds + RETRY_SECONDS))
+            group = [usage for usage in group if usage.chunk in sources]
+            if not cleaning.enough(group):
                 continue
-            cost = sum(usage.live for usage in group if usage.chunk in sources) * (1 + group[0].copies)
+            cost = sum(usage.live for usage in group) * (1 + group[0].copies)
             seconds = cost / (rate * HASTE if short else rate)
             self._next_job_at = max(self._next_job_at, self._clock.seconds - 1.0) + seconds
-            self._order(target, {u.chunk: u for u in group if u.chunk in sources}, list(sources.values()))
+            self._order(target, {usage.chunk: usage for usage in group}, list(sources.values()))
 
     def _places(self) -> list[Candidate]:
         """Servers that could make a chunk now, those with most room first."""

@@ -101,7 +101,12 @@ def _group(found: Iterable[Usage], now_ns: int, room: int, share: float) -> list
         _FIELD, (usage for usage in found if usage.worth(share)), key=lambda usage: _benefit(usage, now_ns)
     )
     group = _fitting(worth, room)
-    return group if _total_gain(group) >= LEAST_GAIN or len(group) >= SMALL_GROUP else []
+    return group if enough(group) else []
+
+
+def enough(group: Sequence[Usage]) -> bool:
+    """Whether it is worth an order to put these into one chunk."""
+    return _total_gain(group) >= LEAST_GAIN or len(group) >= SMALL_GROUP
 
 
 def _merge(found: Iterable[Usage], room: int) -> list[Usage]:

@@ -60,7 +60,7 @@ class MemoryRows:
 
     def check(self) -> None:
         self._check_names()
-        self._check_extents()
+        self.check_extents()
 
     def _check_names(self) -> None:
         inodes = {read_u64(key): Inode.unpack(value) for key, value in self.tables[Table.INODES].items()}
@@ -86,7 +86,7 @@ class MemoryRows:
             assert inode.nlink == expected, (ino, inode)
             assert inode.nlink or ino in orphans or self.tables[Table.TASKS]
 
-    def _check_extents(self) -> None:
+    def check_extents(self) -> None:
         live: Counter[int] = Counter()
         allocated: Counter[int] = Counter()
         mirrored = {}
