@@ -51,7 +51,7 @@ LEAST_ROOM = 1 << 20
 # What was begun for a job that failed is not begun again before; doubled for a server that was at fault.
 RETRY_SECONDS = 30.0
 # Copies of the new chunk that take longer are not to be had: its space is needed.
-COPY_SECONDS = 600.0
+COPY_SECONDS = 300.0
 # How much faster the cleaner may go when space is short.
 HASTE = 4
 
@@ -271,6 +271,8 @@ class Cleaner:
         self._not_before.update(dict.fromkeys(job.sources, now + RETRY_SECONDS))
         if error in (ErrorCode.DISK_FULL.name, ErrorCode.NO_SPACE.name, ErrorCode.IO.name, ErrorCode.UNAVAILABLE.name):
             self._server_not_before[job.server] = now + 2 * RETRY_SECONDS
+        # Copies of it may have failed; deleting it need not wait for that.
+        self._repair.orders.succeeded(job.chunk)
         self._repair.look_at(job.chunk)
 
     # -- beginning -----------------------------------------------------------------------------------------------
@@ -341,7 +343,11 @@ class Cleaner:
             row, replicas = self._rows(usage.chunk)
             if row is None or row.state != ChunkState.SEALED or ranges_left <= 0:
                 continue
-            servers = sure(row, replicas, self._members)
+            servers = [
+                server
+                for server in sure(row, replicas, self._members)
+                if usage.chunk not in self._members.by_id[server].unsealed
+            ]
             # If the target's own turns out to be damaged, somebody else's is at hand.
             servers.sort(key=lambda server: server == target)
             address = next(iter(self._members.addresses(servers[:1])), None)
