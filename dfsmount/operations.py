@@ -134,8 +134,8 @@ class Operations(pyfuse3.Operations):
             uid=attr.st_uid if fields.update_uid else None,
             gid=attr.st_gid if fields.update_gid else None,
             size=attr.st_size if fields.update_size else None,
-            atime_ns=attr.st_atime_ns if fields.update_atime else None,
-            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            atime_ns=_storable(attr.st_atime_ns) if fields.update_atime else None,
+            mtime_ns=_storable(attr.st_mtime_ns) if fields.update_mtime else None,
         )
 
     # -- names -------------------------------------------------------------------------------------------------
@@ -310,6 +310,12 @@ class Operations(pyfuse3.Operations):
     @_guarded
     async def release(self, fh: int) -> None:
         self._files.release(fh)
+
+
+def _storable(time_ns: int) -> int:
+    """The nearest time that can be kept (years 1677 to 2262), as the kernel does for local filesystems
+    (timestamp_truncate)."""
+    return min(max(time_ns, -(1 << 63)), (1 << 63) - 1)
 
 
 def _file_info(opened: Opened) -> FileInfo:

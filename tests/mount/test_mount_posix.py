@@ -185,6 +185,18 @@ def test_a_large_directory(place: Path) -> None:
     assert len(os.listdir(place)) == 1500
 
 
+@pytest.mark.parametrize("seconds", [-(1 << 33), -1, 4_294_967_296, 9_000_000_000, 10_000_000_000, 1 << 40, -(1 << 40)])
+def test_times_far_away_are_kept_or_brought_into_range(place: Path, seconds: int) -> None:
+    """As local filesystems do, whether the file is open for writing (then it is told later) or not."""
+    with (place / "f").open("w") as file:
+        os.utime(file.fileno(), ns=(seconds * 10**9 + 1, seconds * 10**9 + 1))
+        os.fsync(file.fileno())
+    (place / "g").touch()
+    os.utime(place / "g", ns=(seconds * 10**9 + 1, seconds * 10**9 + 1))
+    expected = min(max(seconds * 10**9 + 1, -(1 << 63)), (1 << 63) - 1)
+    assert ((place / "f").stat().st_mtime_ns, (place / "g").stat().st_mtime_ns) == (expected, expected)
+
+
 def test_what_is_not_supported_says_so(place: Path) -> None:
     (place / "f").write_text("x")
     fails(errno.EOPNOTSUPP, os.setxattr, place / "f", "system.posix_acl_else", b"\2\0\0\0")
