@@ -19,10 +19,10 @@ from metaserver.clock import LivedClock
 from metaserver.commit import Committer
 from metaserver.config import Config
 from metaserver.members import Member, Members
-from metaserver.planning import Group, plan_shift
+from metaserver.planning import Group, Hints, plan, plan_shift
 from metaserver.protocol import ChunkState, RebalanceStatus
 from metaserver.repair import Repair
-from metaserver.schema import Table, Transaction, by_server_key, parse_by_server_key
+from metaserver.schema import Chunk, Table, Transaction, by_server_key, chunk_key, parse_by_server_key, read_u64
 
 log = structlog.get_logger(__name__)
 
@@ -32,10 +32,13 @@ TOLERANCE = 0.05
 MOVES_AT_A_TIME = 32
 LOOK_CHUNKS = 200
 PAGE_CHUNKS = 64
-# What a server says of its space is up to so old: until then moves that are done are still reckoned with.
-SETTLE_SECONDS = 5.0
+# Added up in one round: about 20 ms.
+COUNT_CHUNKS = 1000
 # A move that has not come about by then is given up.
 PATIENCE_SECONDS = 900.0
+# If nothing that fits is found for so long, it has ended; and does not begin by itself again before so long.
+FRUITLESS_SECONDS = 60.0
+REST_SECONDS = 600.0
 
 
 class Load(NamedTuple):
@@ -87,17 +90,20 @@ class _Move(NamedTuple):
 
 
 class _Pass(msgspec.Struct):
-    """How far the giver's chunks have been looked through for one taker. ``hopeless``: none of them fits."""
+    """How far the giver's chunks have been looked through for one taker. ``again``: some fit, or were busy with other
+    orders. ``hopeless``: none of all fits."""
 
     position: int = 0
-    fruitful: bool = False
+    again: bool = False
     hopeless: bool = False
 
 
 class Balancer:
     """Chooses what :class:`Repair` then shifts. In memory: after a restart it begins anew if there is reason to.
 
-    ``_under_way`` are moves begun and not seen to be done, ``_settling`` those done that heartbeats may not show yet.
+    What servers say of their space is seconds old and changes with every copy and deletion under way; deciding by it
+    would move data to and fro. So a run begins with adding up the rows (``_stored``, complete once ``_counted`` is
+    None), and from then on reckons with what it does itself.
     """
 
     def __init__(
@@ -108,11 +114,14 @@ class Balancer:
         self._clock = clock
         self._members = members
         self._repair = repair
+        self._stored: dict[int, int] = {}
+        self._counted: int | None = None
         self._under_way: dict[int, _Move] = {}
-        self._settling: list[tuple[float, _Move]] = []
         self._passes: dict[tuple[int, int], _Pass] = {}
         self._moved_chunks = 0
         self._moved_bytes = 0
+        self._busy_at = 0.0
+        self._rests_until = 0.0
         self.mode = Mode.IDLE
 
     # -- from outside --------------------------------------------------------------------------------------------
@@ -127,7 +136,7 @@ class Balancer:
         self._repair.orders.hurried = False
 
     def status(self) -> RebalanceStatus:
-        loads = self.loads()
+        loads = self.told() if self._counted is not None else self.loads()
         mean = sum(load.stored for load in loads) / max(1, sum(load.space for load in loads))
         excess = sum(max(0.0, load.stored - mean * load.space) for load in loads)
         return RebalanceStatus(
@@ -144,55 +153,90 @@ class Balancer:
     def tick(self) -> None:
         """One bounded round; call about once a second."""
         self._see_what_is_done()
-        loads = self.loads()
-        threshold = self._config.rebalance_threshold
-        if self.mode is Mode.IDLE and threshold and unevenness(loads) > threshold:
+        threshold, now = self._config.rebalance_threshold, self._clock.seconds
+        uneven = threshold and unevenness(self.told()) > threshold
+        if self.mode is Mode.IDLE and uneven and now >= self._rests_until:
             self._begin(Mode.BY_ITSELF)
-        if self.mode not in (Mode.BY_ITSELF, Mode.ASKED) or self._repair.waiting(Group.COPIES):
+        if not self.active or self._repair.waiting(Group.COPIES):
             return
-        if not self._choose(loads) and not self._under_way:
-            self._end(loads)
+        if self._stored.keys() != {load.server for load in self.told()} and not self._under_way:
+            self._recount()
+        if self._counted is not None:
+            self._go_on_counting()
+            return
+        more = self._choose()
+        if not self._under_way and (not more or now - self._busy_at > FRUITLESS_SECONDS):
+            self._end()
+
+    @property
+    def active(self) -> bool:
+        return self.mode in (Mode.BY_ITSELF, Mode.ASKED)
 
     def _begin(self, mode: Mode) -> None:
-        log.info("rebalancing", mode=mode.value, unevenness=round(unevenness(self.loads()), 3))
+        log.info("rebalancing", mode=mode.value, unevenness=round(unevenness(self.told()), 3))
+        if not self.active:
+            self._recount()
+            self._moved_chunks = self._moved_bytes = 0
         self.mode = mode
         self._repair.orders.hurried = mode is Mode.ASKED
-        self._passes.clear()
-        self._moved_chunks = self._moved_bytes = 0
 
-    def _end(self, loads: list[Load]) -> None:
-        log.info("rebalanced", chunks=self._moved_chunks, unevenness=round(unevenness(loads), 3))
+    def _end(self) -> None:
+        log.info("rebalanced", chunks=self._moved_chunks, unevenness=round(unevenness(self.loads()), 3))
         self.mode = Mode.IDLE
+        self._rests_until = self._clock.seconds + REST_SECONDS
         self._repair.orders.hurried = False
 
+    def _recount(self) -> None:
+        self._stored = dict.fromkeys((load.server for load in self.told()), 0)
+        self._counted = 0
+        self._passes.clear()
+        self._busy_at = self._clock.seconds
+
+    def _go_on_counting(self) -> None:
+        position = self._counted or 0
+        found, _ = self._committer.read(0, lambda tx: _copies_page(tx, position))
+        for chunk, length, servers in found:
+            self._counted = chunk + 1
+            self._add(servers, length)
+        if len(found) < COUNT_CHUNKS:
+            self._counted = None
+
+    def _add(self, servers: Iterable[int], length: int) -> None:
+        for server in servers:
+            if server in self._stored:
+                self._stored[server] += length
+
+    def told(self) -> list[Load]:
+        """Of all servers that take part, by their heartbeats."""
+        return [_load(member, member.occupied) for member in self._members.by_id.values() if member.works]
+
     def loads(self) -> list[Load]:
-        """Of all servers that take part, as they will be when what is under way is done."""
-        change: dict[int, int] = {}
-        for move in (*self._under_way.values(), *(move for _, move in self._settling)):
-            change[move.giving] = change.get(move.giving, 0) - move.length
-            change[move.taking] = change.get(move.taking, 0) + move.length
-        taking_part = [member for member in self._members.by_id.values() if member.works]
-        return [_load(member, change.get(member.server, 0)) for member in taking_part]
+        """The same, as it will be when what is under way is done."""
+        if not self.active:
+            return self.told()
+        members = self._members.by_id
+        known = (server for server in self._stored if server in members)
+        return [_load(members[server], self._stored[server]) for server in known]
 
     def _see_what_is_done(self) -> None:
-        now = self._clock.seconds
-        self._settling = [(at, move) for at, move in self._settling if now - at < SETTLE_SECONDS]
         for chunk, move in list(self._under_way.items()):
-            state, _ = self._committer.read(0, lambda tx, chunk=chunk, move=move: _state_of(tx, chunk, move))  # type: ignore[misc]
-            if state is None and self._repair.shifting(chunk):
-                state = False
-            if state is False and now - move.since < PATIENCE_SECONDS:
+            patient = self._clock.seconds - move.since < PATIENCE_SECONDS
+            if self._repair.shifting(chunk) and patient:
                 continue
+            self._repair.leave(chunk)
             del self._under_way[chunk]
-            self._settling.append((now, move))
-            if state:
+            there, _ = self._committer.read(0, lambda tx, chunk=chunk: {s for s, _ in chunks.replicas(tx, chunk)})  # type: ignore[misc]
+            if move.taking in there and move.giving not in there:
                 self._moved_chunks += 1
                 self._moved_bytes += move.length
                 self._passes.clear()
+            else:
+                self._add([move.giving], move.length)
+                self._add([move.taking], -move.length)
 
-    def _choose(self, loads: list[Load]) -> bool:
+    def _choose(self) -> bool:
         """Begins moves; whether there may be more to begin."""
-        left = LOOK_CHUNKS
+        left, loads = LOOK_CHUNKS, self.loads()
         while left > 0 and len(self._under_way) < MOVES_AT_A_TIME and not is_even(loads):
             pair = next((pair for pair in pairs(loads) if not self._pass(*pair).hopeless), None)
             if pair is None:
@@ -211,23 +255,28 @@ class Balancer:
         for count, chunk in enumerate(found, 1):
             through.position = chunk + 1
             length = self._fits(chunk, giving, taking)
+            through.again |= length is None or length > 0
             if length:
-                through.fruitful = True
+                self._busy_at = self._clock.seconds
                 self._under_way[chunk] = _Move(giving.server, taking.server, length, self._clock.seconds)
+                self._add([giving.server], -length)
+                self._add([taking.server], length)
                 self._repair.shift(chunk, giving.server, taking.server)
                 return count
         if len(found) < PAGE_CHUNKS:
-            through.hopeless = not through.fruitful
-            through.position, through.fruitful = 0, False
+            through.hopeless = not through.again
+            through.position, through.again = 0, False
         return max(1, len(found))
 
-    def _fits(self, chunk: int, giving: Load, taking: Load) -> int:
-        """The length of a chunk that may go this way now; 0: it may not."""
+    def _fits(self, chunk: int, giving: Load, taking: Load) -> int | None:
+        """The length of a chunk that may go this way now; 0: it may not; None: something else is done with it first."""
         if chunk in self._under_way or chunk in self._repair.orders:
-            return 0
+            return None
         (row, replicas), _ = self._committer.read(0, lambda tx: (chunks.find(tx, chunk), chunks.replicas(tx, chunk)))
         if row is None or row.state != ChunkState.SEALED or not improves(giving, taking, row.length):
             return 0
+        if plan(chunk, row, replicas, self._members, Hints()) is not None:
+            return None
         step = plan_shift(chunk, row, replicas, self._members, giving.server, taking.server)
         return row.length if step is not None else 0
 
@@ -237,13 +286,15 @@ def _page(tx: Transaction, server: int, position: int) -> list[int]:
     return [parse_by_server_key(key)[1] for key, _ in islice(rows, PAGE_CHUNKS)]
 
 
-def _state_of(tx: Transaction, chunk: int, move: _Move) -> bool | None:
-    """Whether the move is done; None if the taker has no replica (yet, or any more)."""
-    row, replicas = chunks.find(tx, chunk), chunks.replicas(tx, chunk)
-    if row is None or not any(server == move.taking for server, _ in replicas):
-        return None
-    return len(replicas) <= row.copies
+def _copies_page(tx: Transaction, position: int) -> list[tuple[int, int, list[int]]]:
+    """Some chunks with their lengths and the servers of their good replicas."""
+    page = []
+    for key, value in islice(tx.scan(Table.CHUNKS, chunk_key(position), b"\xff" * 9), COUNT_CHUNKS):
+        chunk = read_u64(key)
+        servers = [server for server, replica in chunks.replicas(tx, chunk) if replica.good]
+        page.append((chunk, Chunk.unpack(value).length, servers))
+    return page
 
 
-def _load(member: Member, change: int) -> Load:
-    return Load(member.server, member.occupied + change, member.occupied + member.free)
+def _load(member: Member, stored: int) -> Load:
+    return Load(member.server, stored, member.occupied + member.free)

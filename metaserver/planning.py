@@ -61,11 +61,13 @@ Replicas = list[tuple[int, Replica]]
 
 class Hints(NamedTuple):
     """What else is known. ``suspects``: (chunk, server) to verify before they count again. ``avoid``: servers that have
-    just failed this chunk, used only if there are no others. ``sending``: copies under way from each server."""
+    just failed this chunk, used only if there are no others. ``sending``: copies under way from each server.
+    ``unwanted``: a server whose replica goes if one of equally good ones has to."""
 
     suspects: Collection[tuple[int, int]] = ()
     avoid: Collection[int] = ()
     sending: Mapping[int, int] = {}
+    unwanted: int = 0
 
 
 def plan(chunk: int, row: Chunk, replicas: Replicas, members: Members, hints: Hints) -> Step | None:
@@ -241,10 +243,10 @@ class _Copies:
         """The replica whose going leaves the best spread, then the most even use of space."""
         places = _places(self.members, self.staying)
 
-        def worth(server: int) -> tuple[tuple[int, int], float, int]:
+        def worth(server: int) -> tuple[tuple[int, int], bool, float, int]:
             rest = [place for place in places if place.server != server]
             member = self.members.by_id[server]
-            return spread(rest), member.fullness, member.occupied
+            return spread(rest), server == self.hints.unwanted, member.fullness, member.occupied
 
         return max(self.staying, key=worth)
 

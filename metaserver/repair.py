@@ -187,8 +187,12 @@ class Repair:
         self.look_at(chunk)
 
     def shifting(self, chunk: int) -> bool:
-        """Whether a shift has not begun."""
+        """Whether a shift has not come to its end."""
         return chunk in self._shifts
+
+    def leave(self, chunk: int) -> None:
+        """The chunk may stay where it is."""
+        self._shifts.pop(chunk, None)
 
     @property
     def copy_rate(self) -> float:
@@ -347,14 +351,15 @@ class Repair:
     def _plan(self, chunk: int, row: Chunk, replicas: list[tuple[int, Replica]]) -> Step | None:
         if row.state == ChunkState.DEAD:
             self._dead_since.setdefault(chunk, self._clock.seconds)
-        hints = Hints(self._suspects, self.orders.avoid(chunk, self._clock.seconds), self.orders.sending)
+        giving, taking = self._shifts.get(chunk, (0, 0))
+        now = self._clock.seconds
+        hints = Hints(self._suspects, self.orders.avoid(chunk, now), self.orders.sending, giving)
         step = plan(chunk, row, replicas, self._members, hints)
-        wanted = self._shifts.get(chunk)
-        if wanted is None or step is not None:
-            return step
-        step = plan_shift(chunk, row, replicas, self._members, *wanted)
-        if step is None:
-            del self._shifts[chunk]
+        if step is None and taking:
+            step = plan_shift(chunk, row, replicas, self._members, giving, taking)
+            if step is None:
+                # It is done, or there is no need or place for it any more.
+                del self._shifts[chunk]
         return step
 
     def _carry_out(self, chunk: int) -> bool:
@@ -375,7 +380,6 @@ class Repair:
         if order is None:
             self.look_at(chunk)
         else:
-            self._shifts.pop(chunk, None)
             log.info("order", order=step.kind.name, chunk=f"{chunk:x}", server=step.server, source=step.source)
             self._issue(order, chunk, row, step, max(looked.wait_for, change.number))
         return True

@@ -102,12 +102,15 @@ class Mount:
         self.operation = 0
         self.flushes: list[protocol.Flush] = []
         self.changed: list[int] = []
+        self.retired: list[int] = []
         self.on_flush: Callable[[protocol.Flush], Any] | None = None
         self.opened: protocol.SessionOpened
 
     def pushed(self, connection: Connection, incoming: Incoming) -> Result:
         if incoming.method == protocol.CHANGED.number:
             self.changed.extend(protocol.CHANGED.decode_request(incoming.body).message.inos)
+        elif incoming.method == protocol.RETIRE.number:
+            self.retired.extend(protocol.RETIRE.decode_request(incoming.body).message.chunks)
         else:
             flush = protocol.FLUSH.decode_request(incoming.body).message
             self.flushes.append(flush)
@@ -227,7 +230,7 @@ class FakeServer:
             self.number,
             Heartbeat(
                 self.incarnation, self.heartbeats, 1 << 40, self.free, len(self.replicas), "OK", changes or [],
-                gone or [], results or [], 0, 0,
+                gone or [], results or [], 0, 0, stored=sum(each.length for each in self.replicas.values()),
             ),
         )  # fmt: skip
         self.orders = reply.orders
