@@ -245,12 +245,17 @@ class Repair:
             "order failed", order=OrderKind(order.kind).name, chunk=f"{order.chunk:x}", server=server,
             source=order.source_server, error=result.error, text=result.text,
         )  # fmt: skip
+        copy = order.kind == OrderKind.COPY
+        if order.kind in (OrderKind.VERIFY, OrderKind.SEAL) and result.error in _USELESS:
+            return  # That is an answer, after which something else is to be done at once.
         blamed = [server]
-        if order.kind == OrderKind.COPY and result.error not in _TARGETS_FAULT:
+        if copy and result.error in _USELESS:
+            blamed = [order.source_server]
+        elif copy and result.error not in _TARGETS_FAULT:
             # Which end it was cannot be told; both are avoided for this chunk if there are others.
             blamed.append(order.source_server)
-        self.orders.failed(order.chunk, blamed, self._clock.seconds, elsewhere=order.kind == OrderKind.COPY)
-        if order.kind == OrderKind.COPY and not order.others and result.error in _BAD_SOURCE:
+        self.orders.failed(order.chunk, blamed, self._clock.seconds, elsewhere=copy and not order.others)
+        if copy and not order.others and result.error in _BAD_SOURCE:
             self._doubt_source(order)
 
     def _doubt_source(self, order: Order) -> None:
