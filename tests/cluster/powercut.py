@@ -113,6 +113,13 @@ class Volume:
 
     # -- what is there -----------------------------------------------------------------------------------------
 
+    def look(self) -> None:
+        """Takes all that is there now for durable. Without this only what is touched is known, and everything in a
+        directory is durable that is there when it is touched first: so a new server can settle in."""
+        for directory, _, _ in os.walk(self.root):
+            path = os.path.relpath(directory, self.root)
+            self._directory("" if path == "." else path)
+
     def _directory(self, path: str) -> Directory:
         """Of a directory that was not changed before: what is there is durable."""
         if path not in self._directories:
@@ -195,7 +202,7 @@ class Volume:
             self._powered()
             directory = self._directory(path)
             covered = len(directory.pending)
-        self._pass_time()
+        self.pass_time()
         with self._lock:
             self._powered()
             if not self.lies.directories:
@@ -244,7 +251,7 @@ class Volume:
             self._powered()
             covered = {page: len(history) for page, history in inode.pages.items()}
             sizes = len(inode.sizes)
-        self._pass_time()
+        self.pass_time()
         with self._lock:
             self._powered()
             if self.lies.files:
@@ -255,7 +262,8 @@ class Volume:
                     del inode.pages[page]
             del inode.sizes[:sizes]
 
-    def _pass_time(self) -> None:
+    def pass_time(self) -> None:
+        """As long as a disk takes for a sync."""
         with self._lock:
             bounds = SLOW_SYNC_SECONDS if self._random.random() < SLOW_SYNCS else SYNC_SECONDS
             seconds = self._random.uniform(*bounds)

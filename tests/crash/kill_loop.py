@@ -22,7 +22,7 @@ from pathlib import Path
 import trio
 
 CRASH = Path(__file__).resolve().parent
-sys.path.append(str(CRASH.parent / "mount"))
+sys.path += [str(CRASH.parent / "mount"), str(CRASH.parent.parent)]
 
 from load_manifest import Directory, LocalFilesystem, Manifest, Recorded  # noqa: E402
 from mount_cluster import RealCluster, run, wait_until  # noqa: E402

@@ -186,7 +186,7 @@ class Ledger(Kind):
     def step(self) -> None:
         with self.opened("ledger/pages", os.O_CREAT) as handle:
             self._roll_back(handle)
-            data = self.fs.read(handle, self.pages * PAGE, 0).ljust(self.pages * PAGE, b"\0")
+            data = self.fs.read_at(handle, self.pages * PAGE, 0).ljust(self.pages * PAGE, b"\0")
             done = self._number(data[:PAGE])
             if done not in self.manifest.may_be("ledger", 0):
                 self.broken.append(f"ledger: transaction {done}, may be {self.manifest.may_be('ledger', 0)}")
@@ -214,7 +214,7 @@ class Ledger(Kind):
         except FileNotFoundError:
             return
         try:
-            old = self.fs.read(journal, self.fs.size(journal), 0)
+            old = self.fs.read_at(journal, self.fs.size(journal), 0)
         finally:
             self.fs.close(journal)
         for page, data in _journalled(old):
@@ -261,7 +261,7 @@ class Truncated(Kind):
         number = self.random.randrange(self.count)
         key = f"truncated{number}"
         with self.opened(f"truncated/{number}", os.O_CREAT) as handle:
-            data = self.fs.read(handle, self.limit * RECORD, 0)
+            data = self.fs.read_at(handle, self.limit * RECORD, 0)
             problem, now = self._judge(number, data)
             if problem:
                 self.broken.append(problem)

@@ -20,7 +20,7 @@ class Filesystem(Protocol):
 
     def close(self, handle: int) -> None: ...
 
-    def read(self, handle: int, length: int, offset: int) -> bytes: ...
+    def read_at(self, handle: int, length: int, offset: int) -> bytes: ...
 
     def write(self, handle: int, data: bytes, offset: int) -> None: ...
 
@@ -53,7 +53,7 @@ class LocalFilesystem:
     def close(self, handle: int) -> None:
         os.close(handle)
 
-    def read(self, handle: int, length: int, offset: int) -> bytes:
+    def read_at(self, handle: int, length: int, offset: int) -> bytes:
         return os.pread(handle, length, offset)
 
     def write(self, handle: int, data: bytes, offset: int) -> None:

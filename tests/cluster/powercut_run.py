@@ -1,0 +1,232 @@
+"""Power cuts at random points under a verifying load, by hand and from ``test_powercut.py``.
+
+``python powercut_run.py DIRECTORY MODE POINTS SEED`` cuts the power of all nodes POINTS times, MODE being
+"everything", "random" or "torn" (see ``powercut``). Two clients work all the time. One dies with each cut: after it a
+new one verifies all that the old one was promised, before it goes on. The other outlives the servers, meets no error,
+and in the end everything it has done is there, fsynced or not. A part of the cuts comes during the start after the one
+before. Prints one line for each broken promise; exit code 1 if there is one.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import structlog
+import trio
+
+TESTS = Path(__file__).resolve().parent.parent
+sys.path += [str(TESTS / "cluster"), str(TESTS / "crash"), str(TESTS.parent)]
+
+from load_manifest import Manifest, Recorded, Tree  # noqa: E402
+from powercut import Lies, Mode  # noqa: E402
+from powercut_client import ClientFilesystem, ClientTree, PowerClient, open_client  # noqa: E402
+from powercut_cluster import PowerCluster  # noqa: E402
+from replica_sets import ReplicaSets  # noqa: E402
+from verifying_load import Load  # noqa: E402
+
+from chunkserver.client import open_pool  # noqa: E402
+from metaserver.protocol import FileStatus, Status  # noqa: E402
+
+# How long a client works before the cut, and how long a start goes on before the next.
+WORK_SECONDS = (0.02, 0.9)
+START_SECONDS = (0.0, 0.8)
+CUTS_DURING_START = 0.2
+# A new cluster after so many points, so that what nobody collects does not fill the disk.
+POINTS_PER_CLUSTER = 25
+COPIES = 2
+REPAIR_SECONDS = 30.0
+
+
+class Worker:
+    """A load on a client, in a thread of its own."""
+
+    def __init__(self, client: PowerClient, top: str, manifest: Path, seed: int) -> None:
+        self.fs = ClientFilesystem(client, top)
+        self.load = Load(self.fs, Manifest(manifest), seed)
+        self.client = client
+        self._go_on = True
+        self._ended = trio.Event()
+
+    async def verify(self, tree: Tree | None = None) -> list[str]:
+        return await trio.to_thread.run_sync(self.load.verify, tree or ClientTree(self.fs))
+
+    async def work(self) -> None:
+        """Until :meth:`end`, or until the client dies."""
+        try:
+            await trio.to_thread.run_sync(self._work)
+        finally:
+            self._ended.set()
+
+    def _work(self) -> None:
+        try:
+            self.load.prepare()
+            while self._go_on and not self.client.dead:
+                self.load.step()
+        except OSError as error:
+            if not self.client.dead:
+                self.load.errors[str(error)] += 1
+
+    async def end(self) -> None:
+        self._go_on = False
+        await self._ended.wait()
+
+
+class PowerCuts:
+    """One cluster, and what was found broken on it."""
+
+    def __init__(self, root: Path, mode: Mode, seed: int, lies: dict[str, Lies] | None = None) -> None:
+        self.root = root
+        self.random = Random(seed)
+        self.cluster = PowerCluster(root / "cluster", mode, self.random, lies=lies)
+        self.broken: list[str] = []
+        self.points = 0
+        self.steps = 0
+        self.replica_bytes = 0
+
+    async def run(self, points: int) -> None:
+        """So many cuts; what is broken is in ``broken``, and ends it."""
+        (self.root / "cluster").mkdir(parents=True)
+        try:
+            async with trio.open_nursery() as nursery:
+                await self._run(nursery, points)
+                nursery.cancel_scope.cancel()
+        except Exception as error:
+            found = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
+            self.broken.append(f"after {self.points} cuts: {type(found).__name__}: {found}")
+
+    async def _run(self, nursery: trio.Nursery, points: int) -> None:
+        self.cluster.begin(nursery)
+        await self.cluster.wait_ready()
+        async with self._survivor(nursery) as survivor:
+            while self.points < points and not self.broken:
+                await self._one_point(nursery)
+            await survivor.end()
+            self.broken += [f"survivor met an error: {error}" for error in survivor.load.errors]
+        if not self.broken:
+            await self._verify_everything()
+
+    @asynccontextmanager
+    async def _survivor(self, nursery: trio.Nursery) -> AsyncIterator[Worker]:
+        """A client that lives through all cuts; its unmount writes what it has not yet written."""
+        async with open_client(self.cluster.port, self.cluster.key) as client:
+            worker = await self._worker(client, "survivor")
+            nursery.start_soon(worker.work)
+            yield worker
+            self.steps += worker.load.steps
+
+    async def _worker(self, client: PowerClient, name: str) -> Worker:
+        await client.make_directory(name)
+        return Worker(client, name, self.root / f"manifest-{name}", self.random.randrange(1 << 30))
+
+    async def _one_point(self, nursery: trio.Nursery) -> None:
+        """A client that dies at the cut; whoever comes after it verifies what it was promised."""
+        async with open_client(self.cluster.port, self.cluster.key) as client:
+            worker = await self._worker(client, "mortal")
+            self.broken += await worker.verify()
+            nursery.start_soon(worker.work)
+            await trio.sleep(self.random.uniform(*WORK_SECONDS))
+            self._cut(nursery)
+            client.die()
+            await worker.end()
+            self.broken += worker.load.broken
+            self.steps += worker.load.steps
+        await self._restart(nursery)
+
+    def _cut(self, nursery: trio.Nursery) -> None:
+        self.cluster.cut()
+        self.points += 1
+
+    async def _restart(self, nursery: trio.Nursery) -> None:
+        self.broken += await self.cluster.settle()
+        self.cluster.begin(nursery)
+        while self.random.random() < CUTS_DURING_START:
+            await trio.sleep(self.random.uniform(*START_SECONDS))
+            assert not self.cluster.failure, self.cluster.failure
+            self._cut(nursery)
+            self.broken += await self.cluster.settle()
+            self.cluster.begin(nursery)
+        await self.cluster.wait_ready()
+        self.broken += await trio.to_thread.run_sync(self._check)
+
+    def _check(self) -> list[str]:
+        with self.cluster.api() as api:
+            return [f"metadata: {p.table} {p.key}: {p.text}" for p in api.check().problems]
+
+    # -- at the end --------------------------------------------------------------------------------------------
+
+    async def _verify_everything(self) -> None:
+        """With a new client, and then from each set of replicas alone."""
+        async with open_client(self.cluster.port, self.cluster.key) as client:
+            for name in ("mortal", "survivor"):
+                worker = await self._worker(client, name)
+                self.broken += [f"{name}: {line}" for line in await worker.verify()]
+                inos = await trio.to_thread.run_sync(worker.fs.files)
+                self.broken += await self._verify_replicas(worker, inos)
+
+    async def _verify_replicas(self, worker: Worker, inos: dict[str, int]) -> list[str]:
+        status, files = await trio.to_thread.run_sync(self._wait_for_copies, inos)
+        async with open_pool(self.cluster.key, status.cluster_id) as pool:
+            sets = ReplicaSets(pool, status.servers, COPIES)
+            trees = await sets.read(files)
+        self.replica_bytes += sets.bytes_read
+        broken = sets.broken
+        for number, tree in enumerate(trees):
+            broken += [f"replicas {'AB'[number]}: {line}" for line in await worker.verify(Recorded(tree))]
+        return broken
+
+    def _wait_for_copies(self, inos: dict[str, int]) -> tuple[Status, dict[str, FileStatus]]:
+        """Where everything is; chunks that somebody was writing at a cut are sealed and repaired after a while."""
+        deadline = time.monotonic() + REPAIR_SECONDS
+        with self.cluster.api() as api:
+            while True:
+                files = {path: api.file(ino) for path, ino in inos.items()}
+                if all(map(_has_copies, files.values())) or time.monotonic() > deadline:
+                    return api.status(), files
+                time.sleep(0.2)
+
+
+def _has_copies(file: FileStatus) -> bool:
+    good = (sum(replica.state == "GOOD" for replica in extent.replicas) for extent in file.extents)
+    return all(count >= COPIES for count in good)
+
+
+def quiet(path: Path) -> None:
+    """What the servers say goes into a file."""
+    logger_factory = structlog.PrintLoggerFactory(path.open("a"))
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO), logger_factory=logger_factory
+    )
+
+
+def main(arguments: list[str]) -> int:
+    root, mode, points, seed = Path(arguments[0]), Mode(arguments[1]), int(arguments[2]), int(arguments[3])
+    done = failed = 0
+    while done < points:
+        run = PowerCuts(root / f"{mode.value}-{seed}", mode, seed)
+        run.root.mkdir(parents=True)
+        quiet(run.root / "log")
+        began = time.monotonic()
+        trio.run(partial(run.run, min(POINTS_PER_CLUSTER, points - done)))
+        done += max(1, run.points)
+        cluster = run.cluster
+        print(
+            f"{mode.value} seed {seed}: {run.points} cuts, {run.steps} steps, {cluster.lost} pages, sizes and names in "
+            f"doubt, {cluster.store_losses} store transactions lost, {run.replica_bytes / 1e6:.0f} MB of replicas "
+            f"verified, {len(run.broken)} broken, {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+        for line in run.broken[:20]:
+            print("BROKEN", line, flush=True)
+        failed += bool(run.broken)
+        seed += 1
+    print(f"{mode.value}: {done} cuts, {failed} clusters with losses")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
