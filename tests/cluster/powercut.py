@@ -56,10 +56,11 @@ class Inode:
     """A file. ``pages`` has, for each page written since the last sync, its contents before each of the writes, the
     oldest (what is durable) first; ``sizes`` likewise. Both are empty for a file that is all durable."""
 
-    __slots__ = ("kept", "number", "pages", "sizes")
+    __slots__ = ("directory", "kept", "number", "pages", "sizes")
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, directory: str) -> None:
         self.number = number
+        self.directory = directory
         self.pages: dict[int, list[bytes]] = {}
         self.sizes: list[int] = []
         self.kept = False
@@ -90,6 +91,8 @@ class Lies(NamedTuple):
 
     files: bool = False
     directories: bool = False
+    appends: bool = False  # of a changelog, what is appended after it was made
+    below: str = ""  # only those in or below directories whose path begins so
 
 
 HONEST = Lies()
@@ -124,11 +127,11 @@ class Volume:
         """Of a directory that was not changed before: what is there is durable."""
         if path not in self._directories:
             names = [entry for entry in os.scandir(self.root / path) if entry.is_file(follow_symlinks=False)]
-            self._directories[path] = Directory({entry.name: self._inode(entry.inode()) for entry in names})
+            self._directories[path] = Directory({entry.name: self._inode(entry.inode(), path) for entry in names})
         return self._directories[path]
 
-    def _inode(self, number: int) -> Inode:
-        return self._inodes.setdefault(number, Inode(number))
+    def _inode(self, number: int, directory: str = "") -> Inode:
+        return self._inodes.setdefault(number, Inode(number, directory))
 
     def inode_of(self, descriptor: int) -> Inode:
         """The file behind an open descriptor."""
@@ -148,7 +151,7 @@ class Volume:
             directory, name = self._split(path)
             there = os.path.lexists(self.root / path)
             descriptor = os.open(self.root / path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
-            inode = self._inode(os.fstat(descriptor).st_ino)
+            inode = self._inode(os.fstat(descriptor).st_ino, os.path.dirname(path))
             if not there:
                 directory.pending.append(Naming("", name, inode))
                 inode.sizes.append(0)
@@ -205,7 +208,7 @@ class Volume:
         self.pass_time()
         with self._lock:
             self._powered()
-            if not self.lies.directories:
+            if not (self.lies.directories and path.startswith(self.lies.below)):
                 for change in directory.pending[:covered]:
                     _apply(directory.durable, change)
                 del directory.pending[:covered]
@@ -254,7 +257,7 @@ class Volume:
         self.pass_time()
         with self._lock:
             self._powered()
-            if self.lies.files:
+            if self.lies.files and inode.directory.startswith(self.lies.below):
                 return
             for page, count in covered.items():
                 del inode.pages[page][:count]

@@ -16,7 +16,7 @@ import trio
 from chunkserver.client import open_pool
 from dfsmount.cache import BlockCache
 from dfsmount.errors import ERRNO
-from dfsmount.reader import Reader
+from dfsmount.reader import Reader, ReaderOptions
 from dfsmount.remote import Remote
 from dfsmount.vfs import Vfs
 from dfsmount.vfs_core import Core, VfsOptions
@@ -31,6 +31,8 @@ T = TypeVar("T")
 ME = Caller(0, 0)
 # A client that outlives the servers waits for them: starts, the reconnect window, and a second such cut meanwhile.
 PATIENCE_SECONDS = 60.0
+# What is lost is told after so long.
+READ_SECONDS = 8.0
 READ_BYTES = 1 << 20
 
 
@@ -260,7 +262,7 @@ async def open_client(port: int, key: ClusterKey) -> AsyncIterator[PowerClient]:
             trio.open_nursery() as nursery,
         ):
             writer = Writer(meta, pool, WriterOptions(give_up_seconds=2 * PATIENCE_SECONDS))
-            reader = Reader(meta, pool, BlockCache(16 << 20))
+            reader = Reader(meta, pool, BlockCache(16 << 20), ReaderOptions(READ_SECONDS))
             core = Core(Remote(meta, PATIENCE_SECONDS), writer, reader, NoKernel(), VfsOptions())
             core.inodes.learn(meta.root, core.inodes.now()).lookups = 1
             client = PowerClient(meta, Vfs(core, meta.root.ino), scope)

@@ -96,8 +96,7 @@ class PowerCuts:
                 await self._run(nursery, points)
                 nursery.cancel_scope.cancel()
         except Exception as error:
-            found = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
-            self.broken.append(f"after {self.points} cuts: {type(found).__name__}: {found}")
+            self.broken.append(f"after {self.points} cuts: {_leaf(error)!r}")
 
     async def _run(self, nursery: trio.Nursery, points: int) -> None:
         self.cluster.begin(nursery)
@@ -105,6 +104,8 @@ class PowerCuts:
         async with self._survivor(nursery) as survivor:
             while self.points < points and not self.broken:
                 await self._one_point(nursery)
+            if self.broken:
+                survivor.client.die()
             await survivor.end()
             self.broken += [f"survivor met an error: {error}" for error in survivor.load.errors]
         if not self.broken:
@@ -116,7 +117,11 @@ class PowerCuts:
         async with open_client(self.cluster.port, self.cluster.key) as client:
             worker = await self._worker(client, "survivor")
             nursery.start_soon(worker.work)
-            yield worker
+            try:
+                yield worker
+            except BaseException:
+                client.die()  # it would wait for servers that do not come
+                raise
             self.steps += worker.load.steps
 
     async def _worker(self, client: PowerClient, name: str) -> Worker:
@@ -188,6 +193,12 @@ class PowerCuts:
                 if all(map(_has_copies, files.values())) or time.monotonic() > deadline:
                     return api.status(), files
                 time.sleep(0.2)
+
+
+def _leaf(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _has_copies(file: FileStatus) -> bool:

@@ -33,9 +33,9 @@ async def test_power_cuts_of_all_nodes_lose_nothing(tmp_path: Path, mode: Mode) 
 # -- negative controls ---------------------------------------------------------------------------------------------
 
 LIARS = {
-    "fsync of chunk files": {"chunkserver": Lies(files=True)},
-    "fsync of the directory of a new chunk": {"chunkserver": Lies(directories=True)},
-    "fsync of the changelog": {"metaserver": Lies(files=True)},
+    "fsync of chunk files": {"chunkserver": Lies(files=True, below="chunks/")},
+    "fsync of the directory of a new chunk": {"chunkserver": Lies(directories=True, below="chunks/")},
+    "fsync of the changelog": {"metaserver": Lies(appends=True)},
 }
 
 

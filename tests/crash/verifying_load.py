@@ -69,7 +69,13 @@ class Load:
 
     def verify(self, tree: Tree) -> list[str]:
         """Every broken promise, in words."""
-        return [line for kind in self.kinds for line in kind.verify(tree)]
+        broken: list[str] = []
+        for kind in self.kinds:
+            try:
+                broken += kind.verify(tree)
+            except OSError as error:
+                broken.append(f"{type(kind).__name__.lower()} cannot be read: {error}")
+        return broken
 
 
 def main(arguments: list[str]) -> int:
