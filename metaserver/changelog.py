@@ -7,17 +7,19 @@ Threads: :meth:`Changelog.sync` and :meth:`Changelog.prepare` run in worker thre
 event loop. A sync touches nothing that an append changes; the next segment is handed over under a lock.
 """
 
-import os
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+
+import structlog
 
 from metaserver.files import Files, is_full
 from metaserver.logrecord import (
     ALIGNMENT,
     FIRST_RECORD,
     SEGMENT_BYTES,
+    UNKNOWN,
     Position,
     Record,
     SegmentHeader,
@@ -28,6 +30,8 @@ from metaserver.logrecord import (
 )
 from metaserver.overlay import Rows
 from metaserver.replay import CorruptLog, EpochLog
+
+log = structlog.get_logger(__name__)
 
 SUFFIX = ".log"
 
@@ -70,19 +74,44 @@ class OpenSegment(KeptSegment):
         self.seed = checksum_seed(header.segment)
 
 
-def list_segments(directory: Path) -> list[KeptSegment]:
-    """All segments, in order; raises :class:`CorruptLog` if one has no valid header. Leftovers are ignored."""
-    found = []
+def list_segments(directory: Path, unusable: list[str] | None = None) -> list[KeptSegment]:
+    """All segments, in order; raises :class:`CorruptLog` if one cannot be told from its header and its records. With
+    ``unusable`` it is left out instead, and described there. Leftovers are ignored."""
+    found: list[KeptSegment] = []
     for path in sorted(directory.glob("*" + SUFFIX)):
-        with path.open("rb") as file:
-            header = SegmentHeader.unpack(file.read(FIRST_RECORD))
-        if header is None or header.segment != int(path.stem, 16):
-            raise CorruptLog(f"{path} does not start with the header of its segment")
-        found.append(KeptSegment(path, header))
-    for before, after in pairwise(found):
-        if after.header.epoch < before.header.epoch:
-            raise CorruptLog(f"{after.path} is of an older epoch than {before.path}")
+        try:
+            header = _read_header(path, found[-1].header if found else None)
+            if header is not None and found and header.epoch < found[-1].header.epoch:
+                raise CorruptLog(f"{path} is of an older epoch than {found[-1].path}")
+        except CorruptLog as error:
+            if unusable is None:
+                raise
+            unusable.append(str(error))
+            continue
+        if header is not None:
+            found.append(KeptSegment(path, header))
     return found
+
+
+def _read_header(path: Path, before: SegmentHeader | None) -> SegmentHeader | None:
+    """A segment's header, or what its records say of it if it is damaged; None if there is no record either."""
+    number = int(path.stem, 16)
+    with path.open("rb") as file:
+        header = SegmentHeader.unpack(file.read(FIRST_RECORD))
+        if header is not None and header.segment == number:
+            return header
+        if header is not None:
+            raise CorruptLog(f"{path} is the segment {header.segment:016x}: somebody has renamed it")
+        file.seek(0)
+        data = file.read()
+    record = next(decode_segment(data, number), None)
+    if record is None and data[FIRST_RECORD:].strip(b"\0"):
+        raise CorruptLog(f"{path} has no valid header and no record")
+    log.warning("a segment of the changelog has a damaged header; going by its records", path=str(path))
+    if record is None:
+        return None
+    same = before is not None and before.epoch == record.epoch
+    return SegmentHeader(number, record.epoch, before.previous if same and before is not None else UNKNOWN)
 
 
 def find_firsts(segments: list[KeptSegment]) -> None:
@@ -96,10 +125,12 @@ def find_firsts(segments: list[KeptSegment]) -> None:
         segment.first = record.number if record else 0
 
 
-def epoch_logs(segments: list[KeptSegment], start: Position) -> list[EpochLog]:
+def epoch_logs(segments: list[KeptSegment], start: Position, *, tolerant: bool = False) -> list[EpochLog]:
     """What ``replay.replay`` needs: one log per epoch, read lazily; segments that end at or before ``start`` are
-    skipped."""
+    skipped. Raises :class:`CorruptLog` if one of the others is missing or cut off, unless ``tolerant``."""
     logs: list[EpochLog] = []
+    if not tolerant:
+        _check_complete(segments, start)
     position = 0
     while position < len(segments):
         epoch = segments[position].header.epoch
@@ -110,8 +141,22 @@ def epoch_logs(segments: list[KeptSegment], start: Position) -> list[EpochLog]:
     return logs
 
 
+def _check_complete(segments: list[KeptSegment], start: Position) -> None:
+    """What is missing at the end of the log looks like a log that ends there: so names and sizes are looked at."""
+    needed = [segment for segment in segments if segment.header.epoch > start.epoch]
+    group = [segment for segment in segments if segment.header.epoch == start.epoch]
+    needed = group[_first_useful(group, start) :] + needed
+    for segment in needed:
+        size = segment.path.stat().st_size
+        if size < segment.header.size:
+            raise CorruptLog(f"{segment.path} is cut off at {size} of {segment.header.size} bytes")
+    for before, after in pairwise(needed):
+        if after.header.segment != before.header.segment + 1:
+            raise CorruptLog(f"{segment_name(before.header.segment + 1)} is missing in {before.path.parent}")
+
+
 def _first_useful(group: list[KeptSegment], start: Position) -> int:
-    if group[0].header.epoch != start.epoch:
+    if not group or group[0].header.epoch != start.epoch:
         return 0
     return max((index for index, segment in enumerate(group) if 0 < segment.first <= start.number), default=0)
 
@@ -132,16 +177,18 @@ def trim(segments: list[KeptSegment], files: Files) -> list[KeptSegment]:
             files.delete(segment.path)
             continue
         if used is not None:
-            files.truncate(segment.path, used)
+            files.give_back(segment.path, used)
         left.append(segment)
     return left
 
 
 def _used_bytes(segment: KeptSegment) -> int | None:
-    """Where the unwritten rest of a segment begins; None if there is hardly any."""
+    """Where the unwritten rest of a segment begins; None if there is hardly any, or it has been given back."""
+    found = segment.path.stat()
+    if found.st_blocks * 512 <= found.st_size - FIRST_RECORD:
+        return None
     with segment.path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - FIRST_RECORD))
+        file.seek(max(0, found.st_size - FIRST_RECORD))
         if file.read().strip(b"\0"):
             return None
     data = segment.read()
@@ -182,7 +229,7 @@ class Changelog:
         self._unsynced: list[OpenSegment] = []
 
     def _create(self) -> OpenSegment:
-        header = SegmentHeader(self._last_id + 1, self._epoch, self._previous)
+        header = SegmentHeader(self._last_id + 1, self._epoch, self._previous, self._segment_bytes)
         path = self._directory / segment_name(header.segment)
         descriptor = self._files.create(path, header.pack(), self._segment_bytes)
         self._last_id += 1
@@ -271,5 +318,5 @@ def _ends_by(segment: KeptSegment, following: KeptSegment, position: Position) -
     """Whether all changes of ``segment`` are at or before ``position``; False if that cannot be told."""
     epoch = segment.header.epoch
     if following.header.epoch > epoch:
-        return following.header.previous <= position
+        return following.header.previous != UNKNOWN and following.header.previous <= position
     return position.epoch > epoch or (position.epoch == epoch and 0 < following.first <= position.number + 1)

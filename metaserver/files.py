@@ -7,6 +7,7 @@ Names announced: ``changelog:before-write``, ``changelog:after-write``, ``change
 ``snapshot:before-copy``, ``snapshot:before-sync``, ``snapshot:before-rename``, ``snapshot:after-rename``.
 """
 
+import ctypes
 import errno
 import os
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from pathlib import Path
 # What the disk says when it is full, or the user's share of it.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _ZEROES = bytes(1 << 20)
+# fallocate(2), which Python does not have.
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_fallocate = ctypes.CDLL(None).fallocate
 
 
 def no_step(_: str) -> None:
@@ -78,8 +82,16 @@ class Files:
         self.step("segment:before-delete")
         path.unlink(missing_ok=True)
 
-    def truncate(self, path: Path, size: int) -> None:
-        os.truncate(path, size)
+    def give_back(self, path: Path, offset: int) -> None:
+        """Gives the space of the zeroes from ``offset`` to the end of a file back; its size and contents stay. Does
+        nothing where the filesystem cannot do that."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            length = os.fstat(descriptor).st_size - offset
+            if length > 0:
+                _fallocate(descriptor, _KEEP_SIZE | _PUNCH_HOLE, ctypes.c_int64(offset), ctypes.c_int64(length))
+        finally:
+            os.close(descriptor)
 
     def rename(self, old: Path, new: Path) -> None:
         os.rename(old, new)

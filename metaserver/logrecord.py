@@ -1,8 +1,8 @@
 """The format of the changelog. Pure: records to bytes and back.
 
 The changelog is a directory of *segments*, files of (normally) 16 MiB named by a 64-bit id in 16 hexadecimal digits,
-ascending. A segment is made of zeroes, durably, before its first record is written. An old one may be cut short after
-its last byte that is not zero. Each epoch starts a new segment.
+without gaps. A segment is made of zeroes, durably, before its first record is written, and keeps its size (the space of
+the unwritten rest of old ones is given back). Each epoch starts a new segment.
 
 A segment starts with a header, alone in its first 4,096 bytes, so that no record shares a disk sector with it
 (little-endian, like everything here)::
@@ -10,7 +10,7 @@ A segment starts with a header, alone in its first 4,096 bytes, so that no recor
     offset  size  field
          0     8  magic           "DFSLOG\\0\\1"
          8     4  crc32c          of bytes 12 to 47
-        12     4  zero
+        12     4  size            of the file: a shorter one has lost something (0: not known)
         16     8  segment         the id that is also its name
         24     8  epoch           of all its records
         32     8  previous_epoch  the newest change that survived when this epoch began, (0, 0) if there was none:
@@ -85,13 +85,19 @@ class Position(NamedTuple):
         return f"{self.epoch}/{self.number}"
 
 
+UNKNOWN = Position(-1, -1)
+
+
 class SegmentHeader(NamedTuple):
+    """``previous`` is :data:`UNKNOWN` if the header was damaged; such a one is never written."""
+
     segment: int
     epoch: int
     previous: Position
+    size: int = 0
 
     def pack(self) -> bytes:
-        fields = struct.pack("<IQQQQ", 0, self.segment, self.epoch, *self.previous)
+        fields = struct.pack("<IQQQQ", self.size, self.segment, self.epoch, *self.previous)
         return (SEGMENT_MAGIC + struct.pack("<I", crc32c(fields)) + fields).ljust(FIRST_RECORD, b"\0")
 
     @classmethod
@@ -99,10 +105,10 @@ class SegmentHeader(NamedTuple):
         """The header at the start of ``data``, None if it is not a whole and undamaged one."""
         if len(data) < FIRST_RECORD:
             return None
-        magic, crc, _, segment, epoch, previous_epoch, previous_number = _SEGMENT.unpack_from(data)
+        magic, crc, size, segment, epoch, previous_epoch, previous_number = _SEGMENT.unpack_from(data)
         if magic != SEGMENT_MAGIC or crc != crc32c(data[12 : _SEGMENT.size]):
             return None
-        return cls(segment, epoch, Position(previous_epoch, previous_number))
+        return cls(segment, epoch, Position(previous_epoch, previous_number), size)
 
 
 class Record(NamedTuple):

@@ -479,7 +479,7 @@ class _Builder:
         """A log that goes on from the store. It names an epoch before it, so that it never counts as complete."""
         log = self._work / CHANGELOG_NAME
         log.mkdir(mode=0o700)
-        header = SegmentHeader(1, position.epoch, Position(position.epoch - 1, 0))
+        header = SegmentHeader(1, position.epoch, Position(position.epoch - 1, 0), FIRST_RECORD)
         self._files.close(self._files.create(log / segment_name(1), header.pack(), FIRST_RECORD))
 
     def _put_in_place(self, key: ClusterKey) -> None:

@@ -86,12 +86,12 @@ class _Recovery:
 
     def run(self) -> RecoverReport:
         began = time.monotonic()
-        segments = list_segments(self.directory / CHANGELOG_NAME)
+        segments = self._segments()
         find_firsts(segments)
         snapshot = self._lay_base(_log_start(segments))
         store = Store.open(self.target)
         try:
-            replayed = self._replay(store, epoch_logs(segments, stored_position(store)))
+            replayed = self._replay(store, self._logs(segments, stored_position(store)))
             position = self._finish(store, replayed, segments)
             for _ in store.verify():
                 pass
@@ -102,6 +102,28 @@ class _Recovery:
         self._put_in_place(segments, position, replayed.end)
         self.lines.append(f"the store contains every change up to {position}")
         return RecoverReport(snapshot, replayed.changes, str(position), time.monotonic() - began, self.lines)
+
+    def _segments(self) -> list[KeptSegment]:
+        """What there is of the log; with ``accept_loss`` without what cannot be used, whose changes are lost."""
+        unusable: list[str] = []
+        try:
+            segments = list_segments(self.directory / CHANGELOG_NAME, unusable if self.accept_loss else None)
+        except CorruptLog as error:
+            raise CorruptLog(f"{error}; --accept-loss takes what is before it") from None
+        if unusable:
+            self.new_log = True
+            self.lines += [f"LOST: {text}" for text in unusable]
+        return segments
+
+    def _logs(self, segments: list[KeptSegment], start: Position) -> list[EpochLog]:
+        try:
+            return epoch_logs(segments, start)
+        except CorruptLog as error:
+            if not self.accept_loss:
+                raise CorruptLog(f"{error}; --accept-loss takes what is before it") from None
+            self.new_log = True
+            self.lines.append(f"LOST: {error}")
+            return epoch_logs(segments, start, tolerant=True)
 
     def _lay_base(self, log_starts: Position | None) -> str:
         """Copies the newest whole snapshot to the target, or starts from nothing if the log goes back that far."""
@@ -190,7 +212,7 @@ class _Recovery:
         new = log.with_name(CHANGELOG_NAME + ".new")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(mode=0o700)
-        header = SegmentHeader(segment, position.epoch, end)
+        header = SegmentHeader(segment, position.epoch, end, FIRST_RECORD)
         self.files.close(self.files.create(new / segment_name(segment), header.pack(), FIRST_RECORD))
         aside = next(path for count in range(1, 1000) if not (path := log.with_name(f"{log.name}.old{count}")).exists())
         os.rename(log, aside)

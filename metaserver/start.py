@@ -12,7 +12,8 @@ The order is what makes it safe to be interrupted anywhere:
 import fcntl
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +66,8 @@ class Options(msgspec.Struct, frozen=True):
     snapshot_seconds: float = 3600.0
     # A snapshot is also made when so much log is kept, so that neither the disk nor a recovery is overwhelmed.
     snapshot_log_bytes: int = 256 << 20
+    # A start looks through the whole store, but no longer than this: 3 us a row. Mounts give up after 30 s.
+    check_seconds: float | None = 15.0
     # All rows are read again and compared so often, in slices of a millisecond with pauses between.
     verify_seconds: float = 24 * 3600.0
     verify_pause_seconds: float = 0.05
@@ -131,8 +134,9 @@ def _start(directory: Path, files: Files, clock: Callable[[], int], options: Opt
     lock = lock_directory(directory)
     store: Store | None = None
     try:
-        segments = _open_segments(directory, files)
-        store = Store.open(directory / STORE_NAME, options.map_bytes)
+        with _saying_what_to_do():
+            segments = _open_segments(directory, files)
+        store = Store.open(directory / STORE_NAME, options.map_bytes, options.check_seconds)
         return _Start(directory, files, options, lock, store, segments).run(clock, boot_id)
     except BaseException:
         if store is not None:
@@ -198,6 +202,14 @@ def write_growing(store: Store, rows: Rows) -> None:
             return
 
 
+@contextmanager
+def _saying_what_to_do() -> Iterator[None]:
+    try:
+        yield
+    except CorruptLog as error:
+        raise CorruptLog(f"{error}; look at: metaserver recover") from None
+
+
 class _Start:
     def __init__(
         self, directory: Path, files: Files, options: Options, lock: int, store: Store, segments: list[KeptSegment]
@@ -231,11 +243,9 @@ class _Start:
     def _replay(self) -> Replayed:
         find_firsts(self.segments)
         position = stored_position(self.store)
-        logs = epoch_logs(self.segments, position)
-        try:
+        with _saying_what_to_do():
+            logs = epoch_logs(self.segments, position)
             replayed = replay(position, logs, lambda record: self.layers.overlay.apply(record.rows))
-        except CorruptLog as error:
-            raise CorruptLog(f"{error}; look at: metaserver recover") from None
         time_row = self.store.get(row_key(Table.COUNTERS, TIME))
         return replayed._replace(time_ns=max(replayed.time_ns, read_u64(time_row) if time_row else 0))
 

@@ -14,6 +14,7 @@ Threads: :meth:`Store.write`, :meth:`Store.copy` and work on a :class:`View` may
 belongs to the thread of the event loop.
 """
 
+import errno
 import os
 import struct
 import time
@@ -21,12 +22,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lmdb
+import structlog
 from crc32c import crc32c
 
 from metaserver.overlay import PREFIX, Rows
+from metaserver.pages import PAGE_BYTES, RESIDUE, DamagedPage, check_pages, read_meta
 from metaserver.schema import Table, Total
 
-PAGE_BYTES = 4096
+log = structlog.get_logger(__name__)
+
 # Address space and a sparse file, not memory or disk; doubled whenever it is full.
 MAP_BYTES = 1 << 30
 # The store's own reads, a background walk, a check, a snapshot copy, and one to spare.
@@ -34,12 +38,7 @@ MAX_READERS = 8
 CHECKSUM_BYTES = 4
 # Rows verified between two chances to do something else.
 VERIFY_ROWS = 500
-# crc32c of any bytes followed by their own little-endian crc32c.
-_RESIDUE = 0x48674BC7
 _CRC = struct.Struct("<I")
-_META = struct.Struct("<16xIIQQI92xQQ")
-_META_MAGIC = 0xBEEFC0DE
-_META_VERSION = 1
 # A thread that gives up the interpreter for the microsecond of each LMDB call takes it back before the event loop has
 # woken up, which then waits for sys.getswitchinterval (5 ms). So a write really sleeps now and then. A checkpoint of
 # 20,000 changes beside 20,000 changes a second: gaps of the loop p99 3.7 ms without, 0.25 ms with a sleep every 64 rows
@@ -79,28 +78,35 @@ def seal_row(key: bytes, value: bytes) -> bytes:
     return value + _CRC.pack(crc32c(value, crc32c(key)))
 
 
-def check_file(path: Path) -> int:
-    """Raises :class:`CorruptStore` unless the file is as long as its newer meta page says; returns the map size it
-    was last written with, in bytes."""
-    with path.open("rb") as file:
-        head = file.read(2 * PAGE_BYTES)
-        size = os.fstat(file.fileno()).st_size
-    if len(head) < 2 * PAGE_BYTES:
-        raise CorruptStore(f"{path} is cut off at {size} bytes")
-    newest = (-1, 0, 0)
-    for page in (0, 1):
-        magic, version, _, map_bytes, page_bytes, last_page, number = _META.unpack_from(head, page * PAGE_BYTES)
-        if magic == _META_MAGIC and version == _META_VERSION and page_bytes == PAGE_BYTES:
-            newest = max(newest, (number, last_page, map_bytes))
-    number, last_page, map_bytes = newest
-    if number < 0:
-        raise CorruptStore(f"{path} has no valid meta page")
-    needed = (last_page + 1) * PAGE_BYTES
-    if size < needed:
-        raise CorruptStore(f"{path} is cut off at {size} of {needed} bytes")
-    if not needed <= map_bytes <= 1 << 46:
-        raise CorruptStore(f"{path} has a damaged meta page")
-    return int(map_bytes)
+def check_file(path: Path, seconds: float | None = None) -> int:
+    """Raises :class:`CorruptStore` unless every page and row of the file is what it should be; with ``seconds``, it may
+    stop before it has seen all (0: it only looks at the meta pages). Returns the map size it was last written with, in
+    bytes."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(2 * PAGE_BYTES)
+            size = os.fstat(file.fileno()).st_size
+        if len(head) < 2 * PAGE_BYTES:
+            raise CorruptStore(f"{path} is cut off at {size} bytes")
+        metas = [meta for page in (0, 1) if (meta := read_meta(head[page * PAGE_BYTES : (page + 1) * PAGE_BYTES]))]
+        if not metas:
+            raise CorruptStore(f"{path} has no valid meta page")
+        newest = max(metas, key=lambda meta: meta.transaction)
+        needed = (newest.last_page + 1) * PAGE_BYTES
+        if size < needed:
+            raise CorruptStore(f"{path} is cut off at {size} of {needed} bytes")
+        if not needed <= newest.map_bytes <= 1 << 46:
+            raise CorruptStore(f"{path} has a damaged meta page")
+        # LMDB trusts what it maps: a damaged page would end the process with a signal, or hide rows.
+        if seconds != 0 and not check_pages(path, seconds):
+            log.warning("the store was not looked through at the start: it is too large", path=str(path))
+    except DamagedPage as error:
+        raise CorruptStore(f"{path}: {error}") from None
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CorruptStore(f"{path} cannot be read ({error.strerror})") from None
+    return newest.map_bytes
 
 
 def create_store(path: Path) -> None:
@@ -145,8 +151,22 @@ class Reader:
         if data is None:
             if self._damage:
                 raise self._damage[0]
+            self._check_absent(key)
             return None
         return self._verified(key, data)
+
+    def _check_absent(self, key: bytes) -> None:
+        """A damaged branch leads to the wrong leaf, where a row is not found that is elsewhere: then the neighbours
+        there are not this key's neighbours."""
+        try:
+            with self._transaction.cursor() as cursor:
+                found = cursor.set_range(key)
+                if found and cursor.key() <= key:
+                    raise self.damaged(f"the row {key.hex()} is not found where it should be")
+                if (cursor.prev() if found else cursor.last()) and cursor.key() >= key:
+                    raise self.damaged(f"the row {key.hex()} is not found where it should be")
+        except lmdb.Error as error:
+            raise self._unreadable(error) from error
 
     def scan(self, start: bytes, stop: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Rows with start <= key < stop in key order; may be left early, and changes of the store do not show."""
@@ -210,7 +230,7 @@ class Reader:
         return self._damage[0]
 
     def _verified(self, key: bytes, data: bytes) -> bytes:
-        if self._damage or crc32c(data, crc32c(key)) != _RESIDUE:
+        if self._damage or crc32c(data, crc32c(key)) != RESIDUE:
             raise self.damaged(f"the row {key.hex()} has a wrong checksum")
         return data[:-CHECKSUM_BYTES]
 
@@ -257,10 +277,10 @@ class Store(Reader):
         super().__init__(environment.begin(), self.damage)
 
     @classmethod
-    def open(cls, path: Path, map_bytes: int = MAP_BYTES) -> "Store":
-        """Opens an existing store; raises :class:`CorruptStore` or ``OSError``. One process at a time: the caller holds
-        the lock of the data directory."""
-        map_bytes = max(check_file(path), map_bytes)
+    def open(cls, path: Path, map_bytes: int = MAP_BYTES, check_seconds: float | None = None) -> "Store":
+        """Opens an existing store after looking through it, normally for so long at most; raises :class:`CorruptStore`
+        or ``OSError``. One process at a time: the caller holds the lock of the data directory."""
+        map_bytes = max(check_file(path, check_seconds), map_bytes)
         os.truncate(path, max(map_bytes, path.stat().st_size))
         try:
             environment = lmdb.open(
@@ -315,7 +335,7 @@ class Store(Reader):
         """Writes rows and tombstones and the new TOTALS in one transaction, synced when this returns.
 
         Runs in one worker thread from begin to commit. Nothing has changed if it raises: :class:`MapFull`,
-        :class:`StoreFull`, :class:`CorruptStore`, or ``lmdb.Error`` when the disk fails.
+        :class:`StoreFull`, :class:`CorruptStore`, or ``OSError`` when the disk fails.
         """
         try:
             with self.environment.begin(write=True) as transaction:
@@ -324,6 +344,10 @@ class Store(Reader):
             raise MapFull from error
         except lmdb.DiskError as error:
             raise StoreFull from error
+        except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError) as error:
+            raise self.damaged(f"{self.path} cannot be written ({error})") from error
+        except lmdb.Error as error:
+            raise OSError(errno.EIO, f"{self.path} cannot be written ({error})") from error
 
     def _write_rows(self, transaction: "lmdb.Transaction[bytes]", rows: Rows) -> None:
         counts = [0] * len(PREFIX)
@@ -351,7 +375,7 @@ class Store(Reader):
     def _add_total(self, transaction: "lmdb.Transaction[bytes]", table: Table, count: int, checksums: int) -> None:
         key = PREFIX[Table.TOTALS] + PREFIX[table]
         data = transaction.get(key)
-        if data is None or crc32c(data, crc32c(key)) != _RESIDUE:
+        if data is None or crc32c(data, crc32c(key)) != RESIDUE:
             raise self.damaged(f"the totals of {table.name} are damaged")
         total = Total.unpack(data[:-CHECKSUM_BYTES])
         total.count += count

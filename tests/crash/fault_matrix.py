@@ -6,7 +6,8 @@ trial is a process of its own, because a damaged file may end it. The outcomes, 
 * ``harmless``: it starts, and every change is there;
 * ``cut``: it starts, and what is missing are changes at the end of the log that no later record calls durable;
 * ``recovered``: it is refused with one clear line, and after `metaserver recover` every change is there;
-* ``refused``: it is refused, and so is recovering, as the structure demands: somebody has to decide;
+* ``accepted``: it is refused, and so is recovering, until `--accept-loss`; then there is a prefix of all changes;
+* ``lost``: not even that helps: no snapshot is whole and the log does not go back far enough;
 * ``wrong``, ``unclear``, ``killed``: other rows than there should be, an exception that is not explained, a signal.
 """
 
@@ -18,6 +19,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -213,7 +215,7 @@ def _records(path: Path) -> list[Place]:
     data = path.read_bytes()
     ends = [FIRST_RECORD, *(end for _, end in find_records(data, int(path.stem, 16)))]
     name = f"changelog/{path.name}"
-    return [Place(name, start, end - start) for start, end in zip(ends, ends[1:], strict=False)]
+    return [Place(name, start, end - start) for start, end in pairwise(ends)]
 
 
 # -- faults --------------------------------------------------------------------------------------------------------
@@ -294,6 +296,23 @@ def try_recover(directory: Path, expected: State) -> str:
     return attempt(directory, expected)
 
 
+def try_accepting_loss(directory: Path, expected: State) -> str:
+    """After this there is a beginning of history: none is missing that is older than others."""
+    try:
+        report = recover(directory, accept_loss=True)
+    except CorruptStore as error:
+        return f"lost: {error}"
+    except BaseException:
+        return f"unclear: {traceback.format_exc(limit=-3)}"
+    if not any(line.startswith("LOST") for line in report.lines):
+        return "wrong: nothing is said to be lost"
+    try:
+        found = trio.run(lambda: run_once(directory, work=True))
+    except BaseException:
+        return f"unclear: {traceback.format_exc(limit=-3)}"
+    return "accepted" if tail_of(found) >= 0 else "wrong: no prefix"
+
+
 def in_child(function: Callable[..., str], *arguments: object) -> str:
     """What the function returns, run in a process of its own; a signal ends only that."""
     reader, writer = os.pipe()
@@ -318,8 +337,11 @@ def trial(whole: Path, copy: Path, place: Place, fault: str, choose: random.Rand
     outcome = in_child(attempt, copy, expected)
     if outcome == "refused":
         again = in_child(try_recover, copy, expected)
-        outcome = "recovered" if again == "harmless" else again if again.startswith("refused") else f"recover: {again}"
+        if again.startswith("refused"):
+            again = in_child(try_accepting_loss, copy, expected)
+        outcome = {"harmless": "recovered", "accepted": "accepted"}.get(again, again)
     if outcome.startswith("cut "):
+        # Also after recovering: what no later record calls durable may have been cut.
         outcome = "cut" if int(outcome[4:]) >= DURABLE_TAIL else f"wrong: {outcome}"
     return outcome
 
@@ -346,7 +368,7 @@ def main(work: Path, rounds: int, seed: int) -> int:
             counts = seen[structure, fault] = Counter()
             for number in range(1 if fault == "deletion" else rounds):
                 outcome = trial(work / "whole", work / "copy", choose.choice(places), fault, choose, expected)
-                if outcome.split()[0].rstrip(":") in ("wrong", "unclear", "killed", "recover"):
+                if outcome.split()[0].rstrip(":") in ("wrong", "unclear", "killed", "lost", "refused"):
                     bad += 1
                     print(f"!! {structure}, {fault}, round {number}: {outcome}", flush=True)
                 counts[outcome.split(":")[0]] += 1

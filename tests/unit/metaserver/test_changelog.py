@@ -1,6 +1,7 @@
 """The changelog's format, its files, and which of its records count after a crash."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from metaserver.changelog import Changelog, KeptSegment, LogFull, epoch_logs, fi
 from metaserver.files import Files
 from metaserver.logrecord import (
     FIRST_RECORD,
+    UNKNOWN,
     Position,
     Record,
     SegmentHeader,
@@ -280,7 +282,9 @@ def test_older_epochs_are_trimmed_and_dropped(tmp_path: Path) -> None:
     find_firsts(kept)
     left = trim(kept, Files())
     assert len(left) == len(kept) - 1, "the segment made ahead said nothing"
-    assert left[-1].path.stat().st_size < SMALL_SEGMENT
+    assert left[-1].path.stat().st_size == SMALL_SEGMENT, "what is shorter has lost something"
+    assert left[-1].path.stat().st_blocks * 512 < SMALL_SEGMENT
+    assert trim(list_segments(tmp_path), Files()) is not None
     second = make_log(tmp_path, 2, Position(1, 15))
     second.close()
     third = make_log(tmp_path, 3, Position(2, 0))
@@ -291,18 +295,51 @@ def test_older_epochs_are_trimmed_and_dropped(tmp_path: Path) -> None:
     third.close()
 
 
-def test_damaged_headers_are_refused(tmp_path: Path) -> None:
-    make_log(tmp_path).close()
-    path = tmp_path / "0000000000000001.log"
-    whole = path.read_bytes()
-    for position in (0, 9, 17, 25, 33, 41):
+def test_behind_damaged_headers_the_records_count(tmp_path: Path) -> None:
+    log = make_log(tmp_path, 3, Position(2, 7))
+    append(log, 1, 15)
+    log.prepare()
+    log.close()
+    first, second, *_, ahead = (segment.header for segment in list_segments(tmp_path))
+    assert (first.size, second.previous) == (SMALL_SEGMENT, Position(2, 7))
+
+    def damaged(header: SegmentHeader, position: int) -> list[SegmentHeader]:
+        path = tmp_path / f"{header.segment:016x}.log"
+        whole = path.read_bytes()
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        with pytest.raises(CorruptLog, match="header"):
-            list_segments(tmp_path)
-    path.write_bytes(whole)
-    path.rename(tmp_path / "0000000000000002.log")
-    with pytest.raises(CorruptLog, match="header"):
+        found = [segment.header for segment in list_segments(tmp_path)]
+        path.write_bytes(whole)
+        return found
+
+    for position in (0, 9, 13, 17, 25, 33, 41):
+        assert damaged(first, position)[0] == SegmentHeader(1, 3, UNKNOWN)
+        assert damaged(second, position)[1] == SegmentHeader(2, 3, Position(2, 7))
+        assert damaged(ahead, position)[-1] != ahead, "nothing is in it"
+    path = tmp_path / "0000000000000002.log"
+    path.rename(tmp_path / "0000000000000009.log")
+    with pytest.raises(CorruptLog, match="has renamed it"):
         list_segments(tmp_path)
+    path.write_bytes(b"\1" * 10_000)
+    unusable: list[str] = []
+    assert 9 not in {segment.header.segment for segment in list_segments(tmp_path, unusable)}
+    assert len(unusable) == 2
+
+
+def test_what_is_missing_at_the_end_of_the_log_is_noticed(tmp_path: Path) -> None:
+    log = make_log(tmp_path)
+    append(log, 1, 15)
+    log.prepare()
+    log.close()
+    kept = list_segments(tmp_path)
+    find_firsts(kept)
+    last = kept[-2]
+    os.truncate(last.path, last.path.stat().st_size - 8)
+    with pytest.raises(CorruptLog, match=f"{last.path.name} is cut off at {SMALL_SEGMENT - 8} of {SMALL_SEGMENT}"):
+        epoch_logs(kept, Position(0, 0))
+    last.path.unlink()
+    with pytest.raises(CorruptLog, match=f"{last.path.name} is missing"):
+        epoch_logs([segment for segment in kept if segment is not last], Position(0, 0))
+    assert epoch_logs([kept[-1]], Position(9, 1)) != [], "nobody needs what is stored already"
 
 
 def test_segments_in_the_wrong_order_are_refused(tmp_path: Path) -> None:
