@@ -218,6 +218,9 @@ class Appends:
     def _write_done(self, write: Write) -> None:
         write.done = True
         write.replica.written = write.after
+        if write.before.entries == 0:
+            # Should the chunk have been deleted before this server's last restart, then this one is garbage.
+            self._table.on_change(write.replica)
         self._table.bytes_written += write.after.stored_length - write.before.stored_length
         if write.replica.writing is not None:
             write.replica.writing.changed.unpark_all()

@@ -116,8 +116,10 @@ def _header_or_none(file: File, cluster: UUID, chunk: int, path: str) -> Header 
 
 
 def scan(disk: Disk, cluster: UUID) -> Iterator[Replica]:
-    """All replicas of a data directory; removes copies that were not finished."""
+    """All replicas of a data directory; removes copies that were not finished, and what was given up and has been
+    replaced by one that is sealed."""
     for directory in chunk_directories():
+        replaced = -1
         for name in sorted(disk.names(directory)):
             path = f"{directory}/{name}"
             if name.endswith(COPYING_SUFFIX):
@@ -126,11 +128,17 @@ def scan(disk: Disk, cluster: UUID) -> Iterator[Replica]:
             chunk = _chunk_of(path, name)
             if chunk is None:
                 log.warning("not a chunk file", path=path)
+            elif name.endswith(FAILED_SUFFIX) and chunk == replaced:
+                log.info("removing what was given up and has been replaced", path=path)
+                disk.unlink(path)
             elif name.endswith(FAILED_SUFFIX):
                 error = ErrorCode.REPLICA_FAILED.name
                 yield Replica(chunk, ReplicaState.FAILED, 0, Progress(0, 0, 0, 0), path=path, error=error)
             else:
-                yield recover(disk, cluster, chunk, path)
+                replica = recover(disk, cluster, chunk, path)
+                if replica.state is ReplicaState.SEALED and not replica.error:
+                    replaced = chunk
+                yield replica
 
 
 def _chunk_of(path: str, name: str) -> int | None:

@@ -15,6 +15,7 @@ from chunkserver.chunkfile import PAYLOAD_CAPACITY, PAYLOAD_OFFSET
 from chunkserver.client import Pool
 from chunkserver.index import Index
 from chunkserver.selection import Piece
+from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import CompactSource, Order, OrderKind, OrderResult
 
 NEW = 0x777
@@ -281,3 +282,36 @@ def test_the_first_chain_is_the_new_chunks_own() -> None:
     chunkfile.check_entries(entries, chunkfile.first_chain(CLUSTER, NEW), 0)
     with pytest.raises(chunkfile.FormatError):
         chunkfile.check_entries(entries, chunkfile.first_chain(CLUSTER, NEW + 1), 0)
+
+
+# -- garbage -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_chunk_that_begins_late_is_told_of_at_once(start_node: StartNode, pool: Pool) -> None:
+    """Its first append may have come after it was deleted, and a restart has forgotten that."""
+    async with start_node("a") as a:
+        await Writer(5).send(pool, a.peer, b"begun")
+        await a.store.delete(5)
+        with pytest.raises(DfsError) as caught:
+            await Writer(5).send(pool, a.peer, b"late")
+        assert caught.value.code is ErrorCode.NO_SUCH_CHUNK
+    async with start_node("a") as a:
+        writer = Writer(5)
+        await writer.send(pool, a.peer, b"late")
+        await writer.send(pool, a.peer, b"and more")
+        (told,) = a.node.outbox.parcel().changes
+        assert (told.chunk, told.length, told.sealed) == (5, 4, False)
+
+
+async def test_what_was_given_up_goes_when_it_has_been_replaced(start_node: StartNode, pool: Pool) -> None:
+    async with start_node("a") as a:
+        await sealed(pool, [a], 1, os.urandom(1000))
+        await Writer(2).send(pool, a.peer, b"not sealed")
+        paths = [a.path / chunkfile.chunk_path(chunk) for chunk in (1, 2)]
+    for path in (*paths, a.path / chunkfile.chunk_path(3)):
+        path.parent.mkdir(exist_ok=True)
+        path.with_name(path.name + ".failed").write_bytes(b"whatever")
+        path.with_name(path.name + ".copying").write_bytes(b"half")
+    async with start_node("a") as a:
+        left = {path.name for path in a.path.glob("chunks/*/*")}
+        assert left == {f"{1:016x}", f"{2:016x}", f"{2:016x}.failed", f"{3:016x}.failed"}

@@ -360,3 +360,36 @@ async def test_the_cleaner_can_be_turned_off_and_keeps_to_its_rate(
         # Dozens of chunks of 30,000 bytes at three times 100 bytes a second: the next order comes in hours.
         assert len(compactions(servers)) == 1
         assert len(mapped(metaserver, ino)) >= 70 - 64 + 1
+
+
+# -- garbage -------------------------------------------------------------------------------------------------------
+
+
+async def test_an_orphan_is_deleted_after_a_grace_when_a_server_tells_of_it(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A first append that came after the chunk was deleted: it is told of with a heartbeat, not only in a listing."""
+    async with running(data, delete_grace_seconds=20.0, session_deadline_seconds=1e6) as metaserver:
+        mount, servers = await begun(metaserver)
+        allocated = await mount.allocate()
+        await mount.call(protocol.SEAL, protocol.Seal(allocated.chunk, ()))
+        await servers.run(60)
+        assert state(metaserver, allocated.chunk) is None
+        late = servers.servers[1]
+        orphan = ReplicaReport(allocated.chunk, 5, 1, 1, False)
+        late.replicas[allocated.chunk] = orphan
+        servers.done.clear()
+        await late.beat(changes=[orphan])
+        await servers.run(15)
+        assert servers.done == []
+        await servers.run(30)
+        assert servers.done == [(OrderKind.DELETE, allocated.chunk, 1)]
+        assert late.replicas == {}
+        # A chunk that is being written is not garbage, however early its server tells of it.
+        new = await mount.allocate()
+        server = servers.servers[new.servers[0].server]
+        server.replicas[new.chunk] = ReplicaReport(new.chunk, 5, 1, 1, False)
+        await server.beat(changes=[server.replicas[new.chunk]])
+        await servers.run(60)
+        assert list(states(metaserver, new.chunk).values()) == [ReplicaState.GOOD] * 2
+        assert new.chunk in server.replicas
