@@ -43,6 +43,8 @@ OPTIONS = Options(
     map_bytes=1 << 20,
     reserve_bytes=1 << 16,
 )
+# Everything is read back within seconds.
+SCRUB_DAYS = 0.0002
 METASERVER = "metaserver"
 
 
@@ -144,6 +146,7 @@ class PowerCluster:
             http=f"{HOST}:{before.http}",
             name=name,
             reserve_bytes=0,
+            scrub_days=SCRUB_DAYS,
         )
         volume = self._volumes[name]
         self._ports[name] = await nursery.start(

@@ -40,6 +40,9 @@ START_SECONDS = 90
 REPAIR_SECONDS = 180
 MOUNT = "mount"
 PAUSE_SECONDS = (2.0, 5.0)
+# Dead chunks go soon, and a pass of the scrubber takes a minute.
+HASTY = {"delete_grace_seconds": "3.0", "clean_bytes_per_second": "67108864", "session_deadline_seconds": "12.0"}
+SCRUB_DAYS = "0.0007"
 
 
 class KillLoop:
@@ -70,9 +73,14 @@ class KillLoop:
         self.kills.clear()
 
     def configure(self) -> None:
-        path = self.cluster.layout.config("metaserver")
-        with path.open("a") as file:
-            file.writelines(f"{key} = {value}\n" for key, value in self.settings.items())
+        """What cleans, deletes and reads back shall be at work, too."""
+        self._add("metaserver", {**HASTY, **self.settings})
+        for name in self.servers[1:]:
+            self._add(name, {"scrub_days": SCRUB_DAYS})
+
+    def _add(self, name: str, settings: dict[str, str]) -> None:
+        with self.cluster.layout.config(name).open("a") as file:
+            file.writelines(f"{key} = {value}\n" for key, value in settings.items())
 
     def start(self, name: str) -> None:
         if name == MOUNT:
