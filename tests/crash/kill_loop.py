@@ -154,9 +154,13 @@ class KillLoop:
             os.kill(started.pid, signal.SIGCONT)
 
     def run(self, load: "subprocess.Popen[bytes]", seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and load.poll() is None:
-            time.sleep(self.random.uniform(*PAUSE_SECONDS))
+        next_strike = time.monotonic()
+        end = next_strike + seconds
+        while load.poll() is None:
+            next_strike += self.random.uniform(*PAUSE_SECONDS)
+            if next_strike > end:
+                return
+            time.sleep(max(0.0, next_strike - time.monotonic()))
             self.revive()
             self.strike()
 
