@@ -34,6 +34,8 @@ from metaserver.replay import CorruptLog, EpochLog
 log = structlog.get_logger(__name__)
 
 SUFFIX = ".log"
+# On a full disk a segment may be this part of a usual one.
+SMALLEST_PART = 16
 
 
 class LogFull(Exception):
@@ -217,8 +219,12 @@ class Changelog:
         self._previous = previous
         self._segment_bytes = segment_bytes
         self.kept = kept
+        # Up to where the store has everything durably: older segments may be used again when the disk is full.
+        self.obsolete = Position(0, 0)
+        # Segments used again since the disk became full: what a snapshot file would need to catch up with is gone.
+        self.recycled = 0
         self._last_id = kept[-1].header.segment if kept else 0
-        self._current = self._create()
+        self._current = self._create_first()
         self.kept.append(self._current)
         # Bytes of records since the newest snapshot file, which takes its share away.
         self.appended = 0
@@ -228,29 +234,73 @@ class Changelog:
         # Written to since the last sync that covered them; the current one is the last.
         self._unsynced: list[OpenSegment] = []
 
-    def _create(self) -> OpenSegment:
-        header = SegmentHeader(self._last_id + 1, self._epoch, self._previous, self._segment_bytes)
-        path = self._directory / segment_name(header.segment)
-        descriptor = self._files.create(path, header.pack(), self._segment_bytes)
+    def _create_first(self) -> OpenSegment:
+        """On a full disk a small one has to do."""
+        size = self._segment_bytes
+        while True:
+            try:
+                return self._create(size)
+            except OSError as error:
+                if not is_full(error) or size // 2 < self._segment_bytes // SMALLEST_PART:
+                    raise
+            size //= 2
+
+    def _create(self, size: int) -> OpenSegment:
+        header, path = self._header(size)
+        descriptor = self._files.create(path, header.pack(), size)
         self._last_id += 1
-        return OpenSegment(path, header, descriptor, self._segment_bytes)
+        return OpenSegment(path, header, descriptor, size)
+
+    def _header(self, size: int) -> tuple[SegmentHeader, Path]:
+        header = SegmentHeader(self._last_id + 1, self._epoch, self._previous, size)
+        return header, self._directory / segment_name(header.segment)
+
+    def _recycle(self) -> OpenSegment | None:
+        """The oldest segment, made new in its place; None if what it says may still be needed."""
+        if len(self.kept) < 2 or not _ends_by(self.kept[0], self.kept[1], self.obsolete):
+            return None
+        old = self.kept[0]
+        found = old.path.stat()
+        # The rest of an old epoch's segment may have been given back.
+        size = min(found.st_size, found.st_blocks * 512 // FIRST_RECORD * FIRST_RECORD, self._segment_bytes)
+        if old in self._unsynced or size < self._segment_bytes // SMALLEST_PART:
+            return None
+        del self.kept[0]
+        header, path = self._header(size)
+        self.recycled += 1
+        try:
+            descriptor = self._files.recycle(old.path, path, header.pack(), size)
+        except OSError as error:
+            if is_full(error):
+                return None  # the file system took some more for itself; at least the old one is gone
+            raise
+        self._last_id += 1
+        return OpenSegment(path, header, descriptor, size)
 
     @property
     def prepared(self) -> bool:
         """Whether the next segment is there."""
         return self._next is not None
 
-    def prepare(self) -> None:
-        """Makes the next segment if there is none; raises :class:`LogFull`, or ``OSError`` when the disk fails. In a
-        worker thread, normally."""
+    @property
+    def needs_next(self) -> bool:
+        """Whether the next segment is missing and will be needed soon."""
+        return self._next is None and self._current.end > self._current.size // 2
+
+    def prepare(self, *, recycling: bool = False) -> None:
+        """Makes the next segment if there is none, on a full disk from an obsolete one if ``recycling``; raises
+        :class:`LogFull`, or ``OSError`` when the disk fails. In a worker thread, normally."""
         with self._preparing:
-            if self._next is None:
-                try:
-                    self._next = self._create()
-                except OSError as error:
-                    if is_full(error):
-                        raise LogFull from error
+            if self._next is not None:
+                return
+            try:
+                self._next = self._create(self._segment_bytes)
+            except OSError as error:
+                if not is_full(error):
                     raise
+                self._next = self._recycle() if recycling else None
+                if self._next is None:
+                    raise LogFull from error
 
     def append(self, number: int, durable: int, session: int, operation: int, time_ns: int, rows: Rows) -> None:
         """Writes one record to the page cache. Raises :class:`LogFull` with nothing written if another segment is
@@ -272,8 +322,10 @@ class Changelog:
         if length > self._segment_bytes - FIRST_RECORD:
             raise ValueError(f"a record of {length} bytes does not fit into a segment")
         # Only if a whole segment was filled while the next one was made: waits for it, or makes it here.
-        self.prepare()
+        self.prepare(recycling=True)
         assert self._next is not None
+        if length > self._next.size - FIRST_RECORD:
+            raise LogFull
         old = self._current
         self._current = self._next
         self._next = None
@@ -302,9 +354,10 @@ class Changelog:
     def drop(self, position: Position) -> int:
         """Deletes the oldest segments, as far as all their changes are at or before ``position``; returns how many."""
         count = 0
-        while len(self.kept) > 1 and _ends_by(self.kept[0], self.kept[1], position):
-            self._files.delete(self.kept.pop(0).path)
-            count += 1
+        with self._preparing:
+            while len(self.kept) > 1 and _ends_by(self.kept[0], self.kept[1], position):
+                self._files.delete(self.kept.pop(0).path)
+                count += 1
         return count
 
     def close(self) -> None:

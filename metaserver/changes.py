@@ -114,7 +114,7 @@ class Changes:
             request,
             protocol.SET_ATTRIBUTES.decode_reply,
             lambda tx, now: contents.set_attributes(tx, now, message, effects),
-            frees=message.size is not None,
+            frees=True,
         )
         self.carry_out(effects)
         self._tell(session.id, (message.ino,))
@@ -167,6 +167,7 @@ class Changes:
             request,
             protocol.RENAME.decode_reply,
             lambda tx, now: namespace.rename(tx, now, message, openers, effects),
+            frees=True,
         )
         self.carry_out(effects)
         self._tell(session.id, (message.parent, message.new_parent))
@@ -198,7 +199,7 @@ class Changes:
             xattrs.remove(tx, now_ns, message.ino, message.name)
             return Empty()
 
-        change = self._change(session, request, protocol.REMOVE_XATTR.decode_reply, remove)
+        change = self._change(session, request, protocol.REMOVE_XATTR.decode_reply, remove, frees=True)
         self._tell(session.id, (message.ino,))
         return self._applied(change)
 
@@ -252,11 +253,11 @@ class Changes:
             return done
 
         try:
-            change = self._change(session, request, protocol.COMMIT.decode_reply, commit)
+            change = self._change(session, request, protocol.COMMIT.decode_reply, commit, frees=self._takes_commits)
         except TooManyRows:
             self._commit_pieces(session, message)
             effects = Effects()
-            change = self._change(session, request, protocol.COMMIT.decode_reply, commit)
+            change = self._change(session, request, protocol.COMMIT.decode_reply, commit, frees=self._takes_commits)
         self.carry_out(effects)
         for told in message.chunks:
             self._members.progressed(told.chunk, told.length)
@@ -281,6 +282,7 @@ class Changes:
                         lambda tx, now, part=part, effects=effects: contents.commit(  # type: ignore[misc]
                             tx, now, session.id, Commit(message.chunks, (part,)), effects
                         ),
+                        frees=self._takes_commits,
                     )
                     self.carry_out(effects)
                     position += piece.length
@@ -304,6 +306,12 @@ class Changes:
         self._repair.sealed(message.chunk, self._members.closed(message.chunk))
         self.carry_out(effects)
         return self._applied(change)
+
+    @property
+    def _takes_commits(self) -> bool:
+        """On a full disk, too, as long as the store has space set aside: these bytes are in chunks that were allocated
+        before, so that there is an end to it, and whoever wrote them was not told that there is no space."""
+        return not self._committer.store_full
 
     # -- consequences --------------------------------------------------------------------------------------------
 

@@ -244,7 +244,7 @@ class Cleaner:
         if row is None or row.state == ChunkState.DEAD:
             return None
         change = self._committer.change(
-            0, 0, lambda tx, _: rewriting.rewrite_step(tx, chunk, job.chunk, position, moves)
+            0, 0, lambda tx, _: rewriting.rewrite_step(tx, chunk, job.chunk, position, moves), frees=True
         )
         return change.message
 
@@ -376,7 +376,9 @@ class Cleaner:
 
     def _order(self, server: int, sources: dict[int, Usage], told: list[CompactSource]) -> None:
         copies = max(usage.copies for usage in sources.values())
-        change = self._committer.change(0, 0, lambda tx, now_ns: rewriting.begin(tx, now_ns, server, copies))
+        change = self._committer.change(
+            0, 0, lambda tx, now_ns: rewriting.begin(tx, now_ns, server, copies), frees=True
+        )
         chunk, now = change.message, self._clock.seconds
         order = self._repair.orders.issue(
             OrderKind.COMPACT, self._committer.epoch, chunk, server, None, self._committer.newest, now, sources=told

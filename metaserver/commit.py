@@ -113,7 +113,7 @@ class Committer(Engine):
             if stored is not None:
                 return self._repeat(StoredAnswer.unpack(stored), transaction.session, operation, decode)
         # What was answered once and is done again found space then, and is owed now.
-        if (self.log_full or self.store_full) and not frees and replay is None:
+        if self.is_full and not frees and replay is None:
             raise DfsError(ErrorCode.NO_SPACE, "the metaserver's disk is full")
         now_ns = self._now()
         if replay is not None:
@@ -208,7 +208,9 @@ class Committer(Engine):
         if self.boot_lost_tail:
             self.boot_lost_tail = False
             self._boot.lost = False
-            self.change(0, 0, lambda transaction, _: transaction.put(Table.COUNTERS, BOOT, self._boot.pack()))
+            self.change(
+                0, 0, lambda transaction, _: transaction.put(Table.COUNTERS, BOOT, self._boot.pack()), frees=True
+            )
 
 
 @asynccontextmanager

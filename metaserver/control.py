@@ -65,7 +65,7 @@ class Control:
         self._repair.silent(told.server)
         if (known is None or known.row != row) and not self._changes.refusing:
             change = self._committer.change(
-                0, 0, lambda tx, _: tx.put(Table.SERVERS, server_key(told.server), row.pack())
+                0, 0, lambda tx, _: tx.put(Table.SERVERS, server_key(told.server), row.pack()), frees=True
             )
             await self._committer.wait_durable(change.number)
         log.info("chunkserver registered", server=told.server, name=told.name, host=told.host, port=told.port)

@@ -83,7 +83,9 @@ class Draining:
 
     async def _set(self, server: int, *, draining: bool) -> None:
         row = msgspec.structs.replace(self._members.by_id[server].row, draining=draining)
-        change = self._committer.change(0, 0, lambda tx, _: tx.put(Table.SERVERS, server_key(server), row.pack()))
+        change = self._committer.change(
+            0, 0, lambda tx, _: tx.put(Table.SERVERS, server_key(server), row.pack()), frees=True
+        )
         self._members.by_id[server].row = row
         log.info("draining" if draining else "not draining any more", server=server, name=row.name)
         await self._committer.wait_durable(change.number)

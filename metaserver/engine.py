@@ -6,6 +6,7 @@ belongs to the event loop; worker threads only sync, write what is frozen, and m
 
 import os
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,10 +20,14 @@ from metaserver.logrecord import Position
 from metaserver.overlay import Rows, row_key
 from metaserver.protocol import LastNumber
 from metaserver.schema import BOOT, Boot, Table
-from metaserver.start import Options, Started, make_reserve, position_rows
+from metaserver.start import RESERVE_NAME, Options, Started, make_reserve, position_rows
 from metaserver.store import CorruptStore, MapFull, StoreFull, View
 
 log = structlog.get_logger()
+
+# On a full disk a checkpoint is made after this part of the usual number of changes.
+FULL_PART = 20
+PROBE_NAME = "probe"
 
 # Runs a blocking function elsewhere: ``trio.to_thread.run_sync``, or what a simulation has instead.
 RunSync: TypeAlias = Callable[..., Awaitable[Any]]
@@ -109,7 +114,9 @@ class Engine:
         if not self.log.prepared:
             self._rotated.set()
         self._changes += 1
-        if self._changes >= self.options.checkpoint_changes:
+        # On a full disk more often: what a checkpoint writes has to fit into what is set aside for it.
+        many = self.options.checkpoint_changes // (FULL_PART if self.is_full else 1)
+        if self._changes >= many:
             self._many_changes.set()
 
     # -- durability ----------------------------------------------------------------------------------------------
@@ -183,6 +190,8 @@ class Engine:
                 await self.run_sync(self._prepare)
             except LogFull:
                 self._set_full("log_full", True)
+                if self.log.needs_next:
+                    await self._make_next()
                 await trio.sleep(self.options.retry_seconds)
             except OSError as error:
                 raise self.fail(error) from error
@@ -190,18 +199,53 @@ class Engine:
                 self._set_full("log_full", False)
 
     def _prepare(self) -> None:
-        self.log.prepare()
+        """Makes everything that is set aside for a full disk. Raises :class:`LogFull` if there is no space for it."""
         try:
+            self.log.prepare()
+            self.store.reserve(self.options.store_reserve_bytes)
             make_reserve(self.directory, self.options, self.files)
+            if self.log_full:
+                # What is there may be all there is; whether more can be had is seen by trying.
+                probe = self.directory / PROBE_NAME
+                self.files.reserve(probe, self.options.segment_bytes)
+                self.files.delete(probe)
         except OSError as error:
             if is_full(error):
                 raise LogFull from error
             raise
 
+    async def _make_next(self) -> None:
+        """Deletions go on for as long as it takes: an old segment is used again, once the store has what it says."""
+        with trio.move_on_after(self.options.checkpoint_seconds):
+            await self.checkpoint()
+        recycled = self.log.recycled
+        try:
+            await self.run_sync(partial(self.log.prepare, recycling=True))
+        except LogFull:
+            await self._spend_reserve()
+        except OSError as error:
+            raise self.fail(error) from error
+        if self.log.recycled > recycled == 0:
+            log.error("the changelog is used again: until a snapshot file can be made, the store cannot be rebuilt")
+
+    async def _spend_reserve(self) -> None:
+        reserve = self.directory / RESERVE_NAME
+        if reserve.exists():
+            log.error("the reserve is used up")
+            await self.run_sync(self.files.delete, reserve)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether changes that take space are refused."""
+        return self.log_full or self.store_full
+
     def _set_full(self, name: str, full: bool) -> None:
-        if getattr(self, name) != full:
-            setattr(self, name, full)
-            log.error("the metaserver's disk is full: only deletions go on" if full else "there is space again")
+        before = self.is_full
+        setattr(self, name, full)
+        if self.is_full != before:
+            log.error(
+                "the metaserver's disk is full: only what frees space goes on" if full else "there is space again"
+            )
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -233,18 +277,28 @@ class Engine:
                 await self.run_sync(self._write, frozen.rows)
                 break
             except MapFull:
-                async with self.map_lock:
-                    self.store.grow()
+                await self._grow()
                 log.info("store grown", **self.store.sizes())
             except StoreFull:
                 self._set_full("store_full", True)
+                await self._spend_reserve()
                 await trio.sleep(self.options.retry_seconds)
             except Exception as error:
                 raise self.fail(error) from error
         self.store.renew()
         self._layers.frozen = None
-        self.checkpointed = Position(self.epoch, self._frozen_at)
+        self.checkpointed = self.log.obsolete = Position(self.epoch, self._frozen_at)
         self._set_full("store_full", False)
+        # The store may have grown into what is set aside.
+        self._rotated.set()
+
+    async def _grow(self) -> None:
+        async with self.map_lock:
+            try:
+                self.store.grow()
+            except Exception as error:
+                text = f"the store's map cannot grow: {error}; is the address space or the size of files limited?"
+                raise self.fail(OSError(text)) from error
 
     def _write(self, rows: Any) -> None:
         self.files.step("checkpoint:before-commit")

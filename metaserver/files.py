@@ -1,7 +1,8 @@
 """Every file call of the changelog, each step with a name: crash tests stop at a name, simulations replace the class.
 
 Names announced: ``changelog:before-write``, ``changelog:after-write``, ``changelog:before-sync``,
-``changelog:after-sync``, ``segment:before-create``, ``segment:before-sync``, ``segment:before-rename``,
+``changelog:after-sync``, ``segment:before-create``,
+``segment:before-recycle``, ``segment:before-sync``, ``segment:before-rename``,
 ``segment:before-directory-sync``, ``segment:before-delete``, and by the modules that work with the store
 ``start:before-epoch``, ``checkpoint:before-write``, ``checkpoint:before-commit``, ``checkpoint:after-commit``,
 ``snapshot:before-copy``, ``snapshot:before-sync``, ``snapshot:before-rename``, ``snapshot:after-rename``.
@@ -55,6 +56,30 @@ class Files:
             self._write(descriptor, head, 0)
             for offset in range(len(head), size, len(_ZEROES)):
                 self._write(descriptor, _ZEROES[: size - offset], offset)
+            self.step("segment:before-sync")
+            os.fsync(descriptor)
+            self.step("segment:before-rename")
+            os.rename(temporary, path)
+            self.step("segment:before-directory-sync")
+            self.sync_directory(path.parent)
+        except BaseException:
+            os.close(descriptor)
+            temporary.unlink(missing_ok=True)
+            raise
+        return descriptor
+
+    def recycle(self, old: Path, path: Path, head: bytes, size: int) -> int:
+        """As :meth:`create`, in the blocks of an old file of at least that size: needs no space. A crash in between
+        leaves the new file or neither."""
+        self.step("segment:before-recycle")
+        temporary = path.with_name(path.name + ".new")
+        os.rename(old, temporary)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._write(descriptor, head, 0)
+            for offset in range(len(head), size, len(_ZEROES)):
+                self._write(descriptor, _ZEROES[: size - offset], offset)
+            os.ftruncate(descriptor, size)
             self.step("segment:before-sync")
             os.fsync(descriptor)
             self.step("segment:before-rename")

@@ -174,7 +174,7 @@ class Resuming:
             row = Session(message.host, message.mountpoint, message.pid, root, message.read_only, now_ns)
             return sessions.create(tx, row), row
 
-        change = self._committer.change(0, 0, create)
+        change = self._committer.change(0, 0, create, frees=True)
         number, row = change.message
         session = SessionState(number, row, self._clock.seconds, returned=True)
         await self._committer.wait_durable(change.number)
@@ -203,8 +203,11 @@ class Resuming:
         for start in range(0, len(withdrawn), WITHDRAW_STEP):
             step = withdrawn[start : start + WITHDRAW_STEP]
             self._committer.change(
-                session.id, 0, lambda tx, _, step=step: sessions.withdraw(tx, session.id, step)  # type: ignore[misc]
-            )  # fmt: skip
+                session.id,
+                0,
+                lambda tx, _, step=step: sessions.withdraw(tx, session.id, step),  # type: ignore[misc]
+                frees=True,
+            )
         return Reply(Empty())
 
     def resend(self, session: SessionState, message: protocol.Resend) -> Reply:

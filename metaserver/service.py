@@ -295,7 +295,9 @@ class Service:
             raise DfsError(ErrorCode.READ_ONLY, "this session is read-only")
         entry, wait_for = self.committer.read(session.id, lambda tx: contents.entry(tx, message.ino, rank))
         if entry.attributes.nlink == 0 and message.ino not in session.opened:
-            self.committer.change(session.id, 0, lambda tx, _: sessions.keep_orphan(tx, message.ino, session.id))
+            self.committer.change(
+                session.id, 0, lambda tx, _: sessions.keep_orphan(tx, message.ino, session.id), frees=True
+            )
             self.sessions.orphans.add(message.ino)
         self.sessions.open(session, message.ino, writing=message.writing)
         writers = self.sessions.other_writers((message.ino,), session.id)
@@ -439,7 +441,7 @@ class Service:
         )  # fmt: skip
         if code in DOUBTS and not self.changes.refusing:
             changed = self.committer.change(
-                client.known.id, 0, lambda tx, _: chunks.doubt(tx, message.chunk, message.server)
+                client.known.id, 0, lambda tx, _: chunks.doubt(tx, message.chunk, message.server), frees=True
             ).message
             if changed:
                 self.repair.doubt(message.chunk, message.server)

@@ -73,8 +73,10 @@ class Options(msgspec.Struct, frozen=True):
     verify_pause_seconds: float = 0.05
     segment_bytes: int = SEGMENT_BYTES
     map_bytes: int = MAP_BYTES
-    # Kept free for a start on a full disk: a segment, and what its checkpoint writes.
+    # Kept free for a start on a full disk, and for a checkpoint that needs more than the store has set aside.
     reserve_bytes: int = 32 << 20
+    # Kept free inside the store's file, so that checkpoints of what frees space can be written on a full disk.
+    store_reserve_bytes: int = 32 << 20
     # How often a full disk is tried again.
     retry_seconds: float = 1.0
 
@@ -233,12 +235,27 @@ class _Start:
         self.files.step("start:before-epoch")
         epoch = replayed.end.epoch + 1
         directory = self.directory / CHANGELOG_NAME
-        log = Changelog(directory, self.segments, epoch, replayed.end, self.files, self.options.segment_bytes)
+        log = self._make_log(directory, epoch, replayed)
         try:
             return self._begin(log, epoch, replayed, boot, clock)
         except BaseException:
             log.close()
             raise
+
+    def _make_log(self, directory: Path, epoch: int, replayed: Replayed) -> Changelog:
+        """The new epoch's log. On a full disk without the reserve, what the store contains makes room."""
+        while True:
+            try:
+                return Changelog(
+                    directory, self.segments, epoch, replayed.end, self.files, self.options.segment_bytes
+                )  # fmt: skip
+            except OSError as error:
+                if not is_full(error) or (self.directory / RESERVE_NAME).exists() or len(self.segments) < 2:
+                    raise
+            if stored_position(self.store) != replayed.end:
+                rows = self.layers.overlay.rows | position_rows(replayed.end, replayed.time_ns)
+                write_growing(self.store, rows)
+            self.files.delete(self.segments.pop(0).path)
 
     def _replay(self) -> Replayed:
         find_firsts(self.segments)

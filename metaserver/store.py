@@ -342,11 +342,11 @@ class Store(Reader):
                 self._write_rows(transaction, rows)
         except lmdb.MapFullError as error:
             raise MapFull from error
-        except lmdb.DiskError as error:
-            raise StoreFull from error
         except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError) as error:
             raise self.damaged(f"{self.path} cannot be written ({error})") from error
         except lmdb.Error as error:
+            if _is_full(error):
+                raise StoreFull from error
             raise OSError(errno.EIO, f"{self.path} cannot be written ({error})") from error
 
     def _write_rows(self, transaction: "lmdb.Transaction[bytes]", rows: Rows) -> None:
@@ -385,7 +385,8 @@ class Store(Reader):
         transaction.put(key, seal_row(key, total.pack()))
 
     def grow(self) -> None:
-        """Doubles the map. Views expire; no write, copy or scan may be under way."""
+        """Doubles the map. Views expire; no write, copy or scan may be under way. Raises ``MemoryError`` or ``OSError``
+        if there is no address space for it."""
         for view in tuple(self.views):
             view.expire()
         self._transaction.abort()
@@ -401,8 +402,20 @@ class Store(Reader):
         """
         try:
             self.environment.copy(str(path), compact=True)
-        except lmdb.DiskError as error:
-            raise StoreFull from error
+        except lmdb.Error as error:
+            if _is_full(error):
+                raise StoreFull from error
+            raise
+
+    def reserve(self, length: int) -> None:
+        """Has the disk keep space for ``length`` bytes more, inside the file, so that what frees space can be written
+        on a full disk; raises ``OSError``. In a worker thread."""
+        info = self.environment.info()
+        used = (info["last_pgno"] + 1) * PAGE_BYTES
+        length = min(length, info["map_size"] - used)
+        if length > 0:
+            with self.path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), used, length)
 
     def sizes(self) -> dict[str, int]:
         """For metrics: bytes of the map, bytes in use at its highest page, rows."""
@@ -415,6 +428,11 @@ class Store(Reader):
             view.close()
         self._transaction.abort()
         self.environment.close()
+
+
+def _is_full(error: lmdb.Error) -> bool:
+    """LMDB has a class for a full disk; a full quota comes as text only."""
+    return isinstance(error, lmdb.DiskError) or os.strerror(errno.EDQUOT) in str(error)
 
 
 def read_totals(reader: Reader) -> dict[Table, Total]:

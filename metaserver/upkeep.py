@@ -29,6 +29,7 @@ async def snapshot(engine: Engine) -> Snapshot:
                 raise StoreFull from error
             raise engine.fail(error) from error
     engine.log.appended -= appended
+    engine.log.recycled = 0
     position = kept_from(directory)
     if position is not None:
         engine.log.drop(position)
@@ -81,16 +82,22 @@ async def verify(engine: Engine) -> int:
 
 async def keep_snapshots(engine: Engine) -> None:
     last = trio.current_time()
+    failed = False
     while True:
         await trio.sleep(engine.options.checkpoint_seconds)
         appended = engine.log.appended
         overdue = trio.current_time() - last >= engine.options.snapshot_seconds and appended
-        if overdue or appended >= engine.options.snapshot_log_bytes:
+        unprotected = engine.log.recycled and not engine.is_full
+        if overdue or unprotected or appended >= engine.options.snapshot_log_bytes:
             last = trio.current_time()
             try:
                 await snapshot(engine)
             except StoreFull:
-                log.error("no space for a snapshot file")
+                if not failed:
+                    log.error("no space for a snapshot file")
+                failed = True
+            else:
+                failed = False
 
 
 async def keep_verified(engine: Engine) -> None:
