@@ -91,6 +91,8 @@ class Engine:
         self._advanced = trio.Event()
         self._rotated = trio.Event()
         self._many_changes = trio.Event()
+        # The disk is full, and there is little room left in the log.
+        self._crowded = trio.Event()
         self._changes = 0
         self._frozen_at = 0
         self._checkpointing = trio.Lock()
@@ -113,6 +115,8 @@ class Engine:
         self._written.set()
         if not self.log.prepared:
             self._rotated.set()
+            if self.log_full and self.log.needs_next:
+                self._crowded.set()
         self._changes += 1
         # On a full disk more often: what a checkpoint writes has to fit into what is set aside for it.
         many = self.options.checkpoint_changes // (FULL_PART if self.is_full else 1)
@@ -192,7 +196,9 @@ class Engine:
                 self._set_full("log_full", True)
                 if self.log.needs_next:
                     await self._make_next()
-                await trio.sleep(self.options.retry_seconds)
+                self._crowded = trio.Event()
+                with trio.move_on_after(self.options.retry_seconds):
+                    await self._crowded.wait()
             except OSError as error:
                 raise self.fail(error) from error
             else:
