@@ -76,11 +76,10 @@ Urgency = tuple[int, int]
 
 
 class _Looked(NamedTuple):
-    """A chunk as it is now; its rows may wait for change ``wait_for``."""
+    """A chunk as it is now."""
 
     row: Chunk | None
     replicas: list[tuple[int, Replica]]
-    wait_for: int
 
 
 class Repair:
@@ -264,7 +263,10 @@ class Repair:
         if self._committer.change(0, 0, lambda tx, _: chunks.doubt(tx, order.chunk, source), frees=True).message:
             self.doubt(order.chunk, source)
 
-    def _issue(self, kind: OrderKind, chunk: int, row: Chunk | None, step: Step, ready_at: int) -> None:
+    def _issue(self, kind: OrderKind, chunk: int, row: Chunk | None, step: Step) -> None:
+        # Everything that may have led to it: what background work changed before counts as its own, and is not in
+        # what a read says it depends on.
+        ready_at = self._committer.newest
         source = next(iter(self._members.addresses([step.source])), None) if step.source else None
         self.orders.issue(
             kind, self._committer.epoch, chunk, step.server, row, ready_at, self._clock.seconds, step=step.kind,
@@ -319,10 +321,8 @@ class Repair:
                 queue.put(chunk, urgency)
 
     def _look(self, chunk: int) -> _Looked:
-        (row, replicas), wait_for = self._committer.read(
-            0, lambda tx: (chunks.find(tx, chunk), chunks.replicas(tx, chunk))
-        )
-        return _Looked(row, replicas, wait_for)
+        (row, replicas), _ = self._committer.read(0, lambda tx: (chunks.find(tx, chunk), chunks.replicas(tx, chunk)))
+        return _Looked(row, replicas)
 
     def _classify(self, chunk: int) -> None:
         """Queues a chunk that needs something; fewest good copies first."""
@@ -380,13 +380,13 @@ class Repair:
             return True
         if not self._may_take(chunk, row, step):
             return False
-        change = self._committer.change(0, 0, lambda tx, _: _prepare(tx, chunk, row, step), frees=True)
+        self._committer.change(0, 0, lambda tx, _: _prepare(tx, chunk, row, step), frees=True)
         order = step.kind.order
         if order is None:
             self.look_at(chunk)
         else:
             log.info("order", order=step.kind.name, chunk=f"{chunk:x}", server=step.server, source=step.source)
-            self._issue(order, chunk, row, step, max(looked.wait_for, change.number))
+            self._issue(order, chunk, row, step)
         return True
 
     def _may_take(self, chunk: int, row: Chunk, step: Step) -> bool:
@@ -452,7 +452,7 @@ class Repair:
             looked = self._look(chunk)
             if looked.row is None:
                 log.info("deleting a replica of an unknown chunk", chunk=f"{chunk:x}", server=server)
-                self._issue(OrderKind.DELETE, chunk, None, Step(Kind.DELETE, server), looked.wait_for)
+                self._issue(OrderKind.DELETE, chunk, None, Step(Kind.DELETE, server))
             else:
                 self.look_at(chunk)
 
