@@ -48,8 +48,15 @@ MOST_RANGES = 8192
 SLICE_ROWS = 1000
 # Less room than this is no place to collect anything in.
 LEAST_ROOM = 1 << 20
-# What was begun for a job that failed is not begun again before; doubled for a server that was at fault.
+# The sources of a job that failed are left alone for so long.
 RETRY_SECONDS = 30.0
+# And its server, if that was at fault: how full it is its next heartbeats will say.
+_SERVERS_FAULT = {
+    ErrorCode.DISK_FULL.name: 3.0,
+    ErrorCode.NO_SPACE.name: 30.0,
+    ErrorCode.UNAVAILABLE.name: 10.0,
+    ErrorCode.IO.name: 60.0,
+}
 # Copies of the new chunk that take longer are not to be had: its space is needed.
 COPY_SECONDS = 300.0
 # How much faster the cleaner may go when space is short.
@@ -268,9 +275,10 @@ class Cleaner:
         del self._jobs[job.chunk]
         self._done.failed += 1
         self._committer.change(0, 0, lambda tx, _: rewriting.abandon(tx, job.chunk), frees=True)
-        self._not_before.update(dict.fromkeys(job.sources, now + RETRY_SECONDS))
-        if error in (ErrorCode.DISK_FULL.name, ErrorCode.NO_SPACE.name, ErrorCode.IO.name, ErrorCode.UNAVAILABLE.name):
-            self._server_not_before[job.server] = now + 2 * RETRY_SECONDS
+        at_fault = _SERVERS_FAULT.get(error)
+        if at_fault is not None:
+            self._server_not_before[job.server] = now + at_fault
+        self._not_before.update(dict.fromkeys(job.sources, now + min(RETRY_SECONDS, at_fault or RETRY_SECONDS)))
         # Copies of it may have failed; deleting it need not wait for that.
         self._repair.orders.succeeded(job.chunk)
         self._repair.look_at(job.chunk)
