@@ -11,7 +11,7 @@ from typing import NamedTuple
 import trio
 
 from chunkserver.protocol import Peer, Pong
-from metaserver.errors import DfsError
+from metaserver.errors import ConnectionLost, DfsError
 
 # From one answer to the next ping, and how long one ping is waited for: longer than anybody's patience.
 PAUSE_SECONDS = 0.25
@@ -27,26 +27,29 @@ SAMPLES = 4
 class Reading(NamedTuple):
     """What is known of a server. ``silent_seconds``: how long it has owed an answer (0: not for longer than a moment).
     ``cost_seconds``: what a request that reaches the disk takes there, the least of the last :data:`SAMPLES` answers;
-    None: there were not so many. ``disk_seconds``: the part of the disk in the last answer."""
+    None: there were not so many. ``disk_seconds``: the part of the disk in the last answer. ``refuses``: there is no
+    connection to be had."""
 
     silent_seconds: float
     cost_seconds: float | None
     disk_seconds: float
+    refuses: bool = False
 
     @property
     def answers(self) -> bool:
-        return self.silent_seconds == 0
+        return self.silent_seconds == 0 and not self.refuses
 
 
 class _Beat:
     """One server. ``asked`` is when (lived seconds) the oldest ping without an answer was sent."""
 
-    __slots__ = ("asked", "costs", "disk_seconds", "known", "peer", "until")
+    __slots__ = ("asked", "costs", "disk_seconds", "known", "peer", "refused", "until")
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
         self.until = 0.0
         self.known = False
+        self.refused = False
         self.asked: float | None = None
         self.disk_seconds = 0.0
         self.costs: deque[float] = deque(maxlen=SAMPLES)
@@ -87,11 +90,11 @@ class Pulse:
             return None
         silent = 0.0 if beat.asked is None else self._lived - beat.asked
         if silent < PAUSE_SECONDS:
-            if not beat.known:
+            if not beat.known and not beat.refused:
                 return None
             silent = 0.0
         cost = min(beat.costs) if len(beat.costs) == SAMPLES else None
-        return Reading(silent, cost, beat.disk_seconds)
+        return Reading(silent, cost, beat.disk_seconds, beat.refused)
 
     def silent_seconds(self, server: int) -> float:
         """How long the server has owed an answer, as far as it is known."""
@@ -120,9 +123,10 @@ class Pulse:
         try:
             with trio.fail_after(PING_SECONDS):
                 pong = await self._ping(beat.peer, PING_SECONDS)
-        except (DfsError, trio.TooSlowError):
+        except (DfsError, trio.TooSlowError) as error:
             beat.costs.clear()
+            beat.refused = isinstance(error, ConnectionLost)
             return
-        beat.known, beat.asked = True, None
+        beat.known, beat.refused, beat.asked = True, False, None
         beat.disk_seconds = pong.disk_ms / 1000
         beat.costs.append(trio.current_time() - started + beat.disk_seconds)

@@ -36,10 +36,11 @@ class Waitable(Protocol[ReplyT_co]):
 
 
 class Failure(NamedTuple):
-    """Why an append is not on all replicas, and the servers to blame."""
+    """Why an append is not on all replicas, and the servers to blame. ``reported``: by another server."""
 
     servers: tuple[int, ...]
     error: DfsError
+    reported: bool = False
 
 
 class Requests(Protocol):
@@ -106,9 +107,9 @@ class OpenChunk:
         self.failed = False
         self.retired = False
         self.blamed: tuple[int, ...] = ()
-        # On fewer servers than wanted: to be sealed soon, so that it can be copied.
-        self.thin = len(allocated.servers) < allocated.copies
-        self.thin_until = math.inf
+        # On fewer servers than wanted, or on servers that one had better do without: only until that time.
+        self.makeshift = len(allocated.servers) < allocated.copies
+        self.until = math.inf
         self._tolerated: frozenset[int] = frozenset()
         self._tolerated_mute: frozenset[int] = frozenset()
         self.opened_at = self.used_at = trio.current_time()
@@ -122,8 +123,9 @@ class OpenChunk:
         return tuple(peer.server for peer in self.peers)
 
     def tolerates(self, slow: frozenset[int], mute: frozenset[int]) -> None:
-        """It was allocated although these servers were to be avoided, or left out: there were not enough others."""
+        """It was asked for without servers known as slow, or as mute: if it has them, there were not enough others."""
         self._tolerated, self._tolerated_mute = slow, mute
+        self.makeshift |= not (slow | mute).isdisjoint(self.servers)
 
     def ends_for(self, mute: frozenset[int]) -> tuple[int, ...]:
         """Its servers among ``mute``, for which another chunk may do better."""
@@ -171,7 +173,7 @@ class OpenChunk:
             known = tuple(failure for failure in reply.failures if failure.code != ErrorCode.CANCELLED)
             cause = (known or reply.failures)[0]
             text = f"server {cause.server}: {cause.text}"
-            return Failure(tuple(failure.server for failure in known), DfsError(_code(cause.code), text))
+            return Failure(tuple(failure.server for failure in known), DfsError(_code(cause.code), text), True)
         reached = reply.progress
         if ChunkProgress(self.chunk, reached.stored_length, reached.entries, reached.chain) != expected:
             return Failure((first,), DfsError(ErrorCode.CHAIN_MISMATCH, "an append was answered with another state"))

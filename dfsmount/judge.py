@@ -45,7 +45,7 @@ def _is_mute(server: int, readings: Mapping[int, Reading]) -> bool:
 
 def _is_slow(server: int, readings: Mapping[int, Reading]) -> bool:
     cost = readings[server].cost_seconds
-    if cost is None or cost < SLOW_SECONDS or not readings[server].answers:
+    if cost is None or cost < SLOW_SECONDS:
         return False
     rivals = [r.cost_seconds for other, r in readings.items() if other != server and r.cost_seconds is not None]
     return any(rival * SLOW_FACTOR < cost for rival in rivals)

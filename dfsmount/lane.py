@@ -172,7 +172,7 @@ class Lane:
 
     @staticmethod
     def _takes(chunk: OpenChunk, batch: Batch) -> bool:
-        return chunk.fits(batch.length, batch.blocks) and trio.current_time() < chunk.thin_until
+        return chunk.fits(batch.length, batch.blocks) and trio.current_time() < chunk.until
 
     def _may_send(self) -> bool:
         if sum(batch.length for batch in self._sent) >= WINDOW_BYTES:

@@ -11,6 +11,7 @@ from dfsmount.avoided import Avoided
 from dfsmount.chunkwriter import Failure, OpenChunk, Requests
 from dfsmount.dirty import LAYER_BYTES
 from dfsmount.jobs import Jobs
+from dfsmount.judge import SILENT_SECONDS
 from dfsmount.meta import Meta
 from metaserver import protocol
 from metaserver.errors import DfsError, ErrorCode
@@ -18,9 +19,9 @@ from metaserver.protocol import CHUNK_CAPACITY, Allocate, Seal
 
 log = structlog.get_logger(__name__)
 
-# A chunk on fewer servers than wanted is written to for so long: only then can it be copied. Twice as long each time
-# there are still no more servers.
-THIN_SECONDS, LONGEST_THIN_SECONDS = 10.0, 640.0
+# A chunk on fewer servers than wanted, or on slow ones, is written to for so long: only then can it be copied, or are
+# others looked for. Twice as long each time there are still none.
+MAKESHIFT_SECONDS, LONGEST_MAKESHIFT_SECONDS = 10.0, 640.0
 RETRY_FIRST_SECONDS, RETRY_LAST_SECONDS = 0.05, 1.0
 CALL_SECONDS = 10.0
 # So long after the cluster had not enough space for a whole chunk, chunks are not kept for later.
@@ -43,7 +44,8 @@ class ChunkSupply:
         self._host = host
         self._jobs = Jobs()
         self._avoided = Avoided()
-        self._thin_seconds = THIN_SECONDS
+        self._slow = Avoided()
+        self._makeshift_seconds = MAKESHIFT_SECONDS
         self._short_until = -math.inf
         self._stocking = trio.Lock()
         self._sealing = 0
@@ -55,11 +57,19 @@ class ChunkSupply:
 
     def failed(self, chunk: OpenChunk, failure: Failure, now: float) -> None:
         """An append to ``chunk`` failed."""
-        if failure.servers and failure.error.code in PASSING:
+        # A time-out with nobody to blame: any of them may be the slow one.
+        self._avoided.avoid(failure.servers or chunk.servers, now)
+        if failure.reported and failure.error.code in PASSING:
+            # It may well answer us.
             self.never(frozenset(failure.servers), now)
-        else:
-            # A time-out with nobody to blame: any of them may be the slow one.
-            self._avoided.avoid(failure.servers or chunk.servers, now)
+        for peer in chunk.peers:
+            if peer.server in failure.servers:
+                self._pool.pulse.watch(peer)
+
+    def _is_silent(self, server: int) -> bool:
+        """Whether it has failed us, and does not answer since."""
+        reading = self._pool.pulse.reading(server)
+        return reading is not None and (reading.refuses or reading.silent_seconds >= SILENT_SECONDS)
 
     def never(self, servers: frozenset[int], now: float) -> None:
         """These servers do not answer."""
@@ -70,7 +80,7 @@ class ChunkSupply:
 
     def avoid(self, servers: frozenset[int], now: float) -> None:
         """These servers are slow."""
-        self._avoided.avoid(servers, now)
+        self._slow.avoid(servers, now)
         for chunk in [chunk for chunk in self.spares if chunk.is_slowed_by(servers)]:
             self.spares.remove(chunk)
             self.retire(chunk)
@@ -124,9 +134,9 @@ class ChunkSupply:
     async def _allocate(self, needed: int, copies: int = 0) -> OpenChunk:
         life = self.life
         now = trio.current_time()
-        avoid = self._avoided.to_avoid(now)
-        pulse = self._pool.pulse
-        never = self._avoided.to_leave_out(now) | {server for server in avoid if pulse.silent_seconds(server)}
+        slow = self._slow.to_avoid(now)
+        avoid = self._avoided.to_avoid(now) | slow
+        never = self._avoided.to_leave_out(now) | frozenset(filter(self._is_silent, avoid))
         request = Allocate(self._host, tuple(avoid), copies, tuple(never), needed)
         try:
             allocated = await self._meta.call(protocol.ALLOCATE, request, timeout=CALL_SECONDS)
@@ -139,12 +149,12 @@ class ChunkSupply:
         if life != self.life:
             raise DfsError(ErrorCode.UNAVAILABLE, "the session has changed")
         chunk = OpenChunk(allocated, UUID(self._meta.cluster_id), self._meta.session, self._pool)
-        chunk.tolerates(avoid, never)
-        if not chunk.thin:
-            self._thin_seconds = THIN_SECONDS
+        chunk.tolerates(slow, never)
+        if not chunk.makeshift:
+            self._makeshift_seconds = MAKESHIFT_SECONDS
         else:
-            chunk.thin_until = now + self._thin_seconds
-            self._thin_seconds = min(2 * self._thin_seconds, LONGEST_THIN_SECONDS)
+            chunk.until = now + self._makeshift_seconds
+            self._makeshift_seconds = min(2 * self._makeshift_seconds, LONGEST_MAKESHIFT_SECONDS)
         return chunk
 
     @property

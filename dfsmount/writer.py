@@ -21,7 +21,7 @@ from dfsmount.lane import Lane
 from dfsmount.lookout import Lookout
 from dfsmount.meta import Meta
 from dfsmount.schedule import Delays, Schedule
-from dfsmount.supply import THIN_SECONDS, ChunkSupply
+from dfsmount.supply import MAKESHIFT_SECONDS, ChunkSupply
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import FILE_SIZE_MAX
 
@@ -318,7 +318,7 @@ class Writer:
             now = trio.current_time()
             if self.schedule.expire(now):
                 self._wake_all()
-            if now >= checked + min(self._idle_seconds, THIN_SECONDS):
+            if now >= checked + min(self._idle_seconds, MAKESHIFT_SECONDS):
                 self._retire_idle(now)
                 checked = now
 
@@ -330,7 +330,7 @@ class Writer:
     def _retire_idle(self, now: float) -> None:
         before = now - self._idle_seconds
         for lane in self.lanes:
-            if lane.idle and lane.chunk is not None and (lane.chunk.used_at <= before or lane.chunk.thin_until <= now):
+            if lane.idle and lane.chunk is not None and (lane.chunk.used_at <= before or lane.chunk.until <= now):
                 lane.retire_chunk()
         if not self._files:
             for chunk in [chunk for chunk in self.supply.spares if chunk.opened_at <= before]:

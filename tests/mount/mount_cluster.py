@@ -17,7 +17,7 @@ from chunkserver.client import Pool, open_pool
 from chunkserver.protocol import Peer
 from dfsmount import dfs_find, dfs_mounts, dfs_processes, dfs_services
 from dfsmount.dfs_api import Api
-from dfsmount.dfs_layout import HOST, Cluster, Layout
+from dfsmount.dfs_layout import HOST, Cluster, Layout, Problem, toml_value
 from metaserver.protocol import FileStatus, Status
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -64,6 +64,8 @@ class RealCluster:
         self.data = root / "data"
         self.mnt = root / "mnt"
         self.layout = Layout(self.data)
+        # Started by this process itself.
+        self._children: list[subprocess.Popen[bytes]] = []
         self.wanted = Cluster(free_base(servers), servers, copies)
 
     # -- as a user ---------------------------------------------------------------------------------------------
@@ -100,6 +102,36 @@ class RealCluster:
         os.kill(pid, number)
         wait_until(lambda: not dfs_processes.is_alive(pid), f"{name} is gone")
 
+    def restart(self, name: str, **settings: str | int) -> None:
+        """Kills a server and starts it again with other settings; the next `dfs up` undoes them."""
+        service = self.service(name)
+        if dfs_processes.find(service) is not None:
+            self.kill(name)
+        config = self.layout.config(name)
+        kept = [line for line in config.read_text().splitlines() if line.partition(" = ")[0] not in settings]
+        added = [f"{key} = {toml_value(value)}" for key, value in settings.items()]
+        config.write_text("\n".join([*kept, *added]) + "\n")
+        child = dfs_processes.start(service).child
+        assert child is not None
+        self._children.append(child)
+        wait_until(self._all_up, f"{name} is back")
+
+    def _all_up(self) -> bool:
+        try:
+            servers = self.status().servers
+        except (Problem, OSError):
+            return False
+        return len(servers) == self.wanted.servers and all(server.state == "UP" for server in servers)
+
+    def mount_again(self, point: Path, *options: str) -> int:
+        """One more mount, with options of its own; the id of its process."""
+        point.mkdir(exist_ok=True)
+        words = ",".join([f"key_file={self.layout.key_file}", f"log_file={point}.log", *options])
+        module("dfsmount.cli", self.wanted.address, point, "-o", words)
+        found = [pid for pid in dfs_processes.processes() if str(point) in dfs_processes.command_line(pid)]
+        assert len(found) == 1, found
+        return found[0]
+
     def kill_everything(self) -> None:
         """kill -9 of every process at once; the mounts, now without a process, are taken away."""
         pids = [int(path.read_text()) for path in self.layout.run.glob("*.pid")]
@@ -125,6 +157,8 @@ class RealCluster:
         """Ends everything without asking, and removes the data."""
         if self.layout.run.exists():
             self.kill_everything()
+        for child in self._children:
+            child.wait()
         dfs_find.forget(self.wanted.address)
         shutil.rmtree(self.root, ignore_errors=True)
 

@@ -30,6 +30,8 @@ def test_slowness_is_relative() -> None:
     assert judge({1: SLOW, 2: SLOW}) == Verdict(NOBODY, NOBODY)
     assert judge({1: Reading(0, 0.2, 0), 2: SLOW}) == Verdict(NOBODY, NOBODY)
     assert judge({1: WELL, 2: Reading(0, SLOW_SECONDS - 0.01, 0)}) == Verdict(NOBODY, NOBODY)
+    # An answer that is due is no reason to wait and see.
+    assert judge({1: WELL, 2: Reading(0.4, 0.5, 0)}) == Verdict(NOBODY, frozenset({2}))
     # Not measured often enough.
     assert judge({1: WELL, 2: Reading(0, None, 0)}) == Verdict(NOBODY, NOBODY)
     assert judge({1: Reading(0, None, 0), 2: SLOW}) == Verdict(NOBODY, NOBODY)
