@@ -1,4 +1,5 @@
-"""Whose directory this is: ``identity.json`` in the data directory, replaced atomically.
+"""Whose directory this is: ``identity.json`` in the data directory, and the same again in ``identity.copy.json``; each
+has a checksum and is replaced atomically. One that is damaged is written anew from the other.
 
 Fields: ``format`` (1), ``server`` (random, not 0, made at the first start), ``name``, ``cluster_id`` ("" until the
 first registration), ``highest_epoch`` (no order of an older life of the metaserver is carried out), ``highest_chunk``
@@ -11,13 +12,19 @@ import secrets
 from collections.abc import Callable
 
 import msgspec
+import structlog
 
+from chunkserver import checked
 from chunkserver.disk import DataDisk, Disk, LocalDisk, chunk_directories, prepare_directory
 
 FILE = "identity.json"
+COPY = "identity.copy.json"
 FORMAT = 1
 # What a directory may hold without being anybody's.
-_HARMLESS = {"lost+found", "chunks", FILE + ".new"}
+_HARMLESS = {"lost+found", "chunks", FILE + ".new", COPY + ".new"}
+
+
+log = structlog.get_logger(__name__)
 
 
 class DataDirectoryError(Exception):
@@ -36,26 +43,43 @@ class Identity(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def save(disk: Disk, identity: Identity) -> None:
-    """Durably; blocking."""
-    disk.write_atomically(FILE, msgspec.json.encode(identity) + b"\n")
+    """Durably, twice; blocking."""
+    data = checked.encode(identity)
+    disk.write_atomically(FILE, data)
+    disk.write_atomically(COPY, data)
 
 
 def load(disk: Disk) -> Identity | None:
-    """None if the directory has none yet."""
-    data = disk.read_small(FILE)
-    if data is None:
-        return None
+    """The newer of two copies; None if the directory has none yet. :class:`DataDirectoryError` if both are damaged."""
+    found = [_load(disk, name) for name in (FILE, COPY)]
+    whole = [identity for identity in found if isinstance(identity, Identity)]
+    if whole:
+        other = next((identity.format for identity in whole if identity.format != FORMAT), FORMAT)
+        if other != FORMAT:
+            text = f"{disk.root} has format {other}, this program knows {FORMAT}: use a newer chunkserver"
+            raise DataDirectoryError(text)
+        return max(whole, key=lambda identity: (identity.highest_epoch, identity.highest_chunk))
+    problems = [problem for problem in found if isinstance(problem, str)]
+    if problems:
+        raise DataDirectoryError(f"{disk.root}/{FILE} is damaged ({problems[0]}): restore it from a backup")
+    return None
+
+
+def _load(disk: Disk, name: str) -> Identity | str | None:
+    """One copy, or what is wrong with it; None if it is not there."""
     try:
-        identity = msgspec.json.decode(data, type=Identity)
-    except msgspec.DecodeError as error:
-        if b'"role"' in data:
+        data = disk.read_small(name)
+        return None if data is None else checked.decode(data, Identity, unchecked=True)
+    except checked.DamagedFile as error:
+        assert data is not None
+        if name == FILE and b'"role"' in data:
             text = f"{disk.root} is the data directory of a metaserver: give this chunkserver one of its own"
             raise DataDirectoryError(text) from None
-        raise DataDirectoryError(f"{disk.root}/{FILE} is damaged ({error}): restore it from a backup") from None
-    if identity.format != FORMAT:
-        text = f"{disk.root} has format {identity.format}, this program knows {FORMAT}: use a newer chunkserver"
-        raise DataDirectoryError(text)
-    return identity
+        problem = str(error)
+    except OSError as error:
+        problem = error.strerror or str(error)
+    log.error("a copy of this server's identity cannot be used", path=f"{disk.root}/{name}", reason=problem)
+    return problem
 
 
 def open_directory(path: str, name: str, make_disk: Callable[[str], DataDisk] = LocalDisk) -> tuple[DataDisk, Identity]:
@@ -78,16 +102,22 @@ def open_directory(path: str, name: str, make_disk: Callable[[str], DataDisk] = 
 
 
 def _take(disk: Disk, path: str, name: str) -> Identity:
-    """The identity, written anew in any case: a directory that cannot be written to is no use."""
-    identity = load(disk) or _new_identity(disk, name)
+    """The identity, written anew in any case: a directory that cannot be written to is no use, unless it is full."""
+    known = load(disk)
+    identity = known or _new_identity(disk, name)
     if name and identity.name and name != identity.name:
         text = f"the data directory {path} belongs to the server {identity.name!r}, not {name!r}: check the path"
         raise DataDirectoryError(text)
     identity.name = identity.name or name or f"server-{identity.server:08x}"
-    for directory in chunk_directories():
-        disk.make_directory(directory)
-    disk.sync_directory("chunks")
-    save(disk, identity)
+    try:
+        for directory in chunk_directories():
+            disk.make_directory(directory)
+        disk.sync_directory("chunks")
+        save(disk, identity)
+    except OSError as error:
+        if known is None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        log.warning("the disk is full: only reading and deleting are possible", directory=path)
     return identity
 
 

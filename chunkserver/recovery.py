@@ -117,13 +117,13 @@ def _header_or_none(file: File, cluster: UUID, chunk: int, path: str) -> Header 
 
 def scan(disk: Disk, cluster: UUID) -> Iterator[Replica]:
     """All replicas of a data directory; removes copies that were not finished, and what was given up and has been
-    replaced by one that is sealed."""
+    replaced by one that is sealed. What cannot be listed is missing: the rest can be served."""
     for directory in chunk_directories():
         replaced = -1
-        for name in sorted(disk.names(directory)):
+        for name in _names(disk, directory):
             path = f"{directory}/{name}"
             if name.endswith(COPYING_SUFFIX):
-                disk.unlink(path)
+                _remove(disk, path)
                 continue
             chunk = _chunk_of(path, name)
             if chunk is None:
@@ -139,6 +139,21 @@ def scan(disk: Disk, cluster: UUID) -> Iterator[Replica]:
                 if replica.state is ReplicaState.SEALED and not replica.error:
                     replaced = chunk
                 yield replica
+
+
+def _names(disk: Disk, directory: str) -> list[str]:
+    try:
+        return sorted(disk.names(directory))
+    except OSError as error:
+        log.error("a directory of chunks cannot be read", path=directory, reason=error.strerror)
+        return []
+
+
+def _remove(disk: Disk, path: str) -> None:
+    try:
+        disk.unlink(path)
+    except OSError as error:
+        log.warning("what is left over cannot be removed", path=path, reason=error.strerror)
 
 
 def _chunk_of(path: str, name: str) -> int | None:

@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
-import msgspec
 import pytest
 import structlog
 import trio
@@ -22,6 +21,7 @@ from chunkserver import cli, identity
 from chunkserver.chunkfile import chunk_path
 from chunkserver.client import Pool
 from chunkserver.config import Config, ConfigError, make, split_address
+from chunkserver.disk import LocalDisk
 from chunkserver.identity import DataDirectoryError
 from chunkserver.protocol import Peer
 from chunkserver.serve import Ports, StartError, serve
@@ -142,7 +142,8 @@ async def test_joins_reports_and_obeys(tmp_path: Path, metaserver: Metaserver, p
         again = metaserver.registrations[1]
         assert (again.cluster_id, again.highest_chunk) == (metaserver.cluster_id, CHUNK)
         assert [replica.chunk for replica in metaserver.pages[1].replicas] == [CHUNK]
-    stored = msgspec.json.decode((tmp_path / "a" / identity.FILE).read_bytes(), type=identity.Identity)
+    stored = identity.load(LocalDisk(str(tmp_path / "a")))
+    assert stored is not None
     assert (stored.cluster_id, stored.highest_epoch) == (metaserver.cluster_id, 2)
 
 
@@ -254,6 +255,15 @@ def test_directory_of_another_server_or_of_nobody(tmp_path: Path, damaged: set[s
     with pytest.raises(DataDirectoryError, match="Not a directory"):
         identity.open_directory(str(tmp_path / "photos" / "cat.jpg"), "")
     (tmp_path / "a" / identity.FILE).write_text("{")
+    disk, again = identity.open_directory(str(tmp_path / "a"), "")
+    disk.unlock()
+    assert again == who, "there is a second copy"
+    (tmp_path / "a" / identity.FILE).unlink()
+    disk, again = identity.open_directory(str(tmp_path / "a"), "")
+    disk.unlock()
+    assert again == who
+    for copy in (identity.FILE, identity.COPY):
+        (tmp_path / "a" / copy).write_text("{")
     with pytest.raises(DataDirectoryError, match="damaged"):
         identity.open_directory(str(tmp_path / "a"), "")
     (tmp_path / "a" / identity.FILE).write_text('{"format":1,"cluster_id":"x","role":"metaserver"}')
@@ -262,7 +272,8 @@ def test_directory_of_another_server_or_of_nobody(tmp_path: Path, damaged: set[s
     (tmp_path / "a" / identity.FILE).write_text('{"format":2,"server":1,"name":"","cluster_id":""}')
     with pytest.raises(DataDirectoryError, match="has format 2"):
         identity.open_directory(str(tmp_path / "a"), "")
-    (tmp_path / "a" / identity.FILE).unlink()
+    for copy in (identity.FILE, identity.COPY):
+        (tmp_path / "a" / copy).unlink()
     (tmp_path / "a" / "chunks" / "00" / "0000000000000100").touch()
     with pytest.raises(DataDirectoryError, match="has chunks but no identity"):
         identity.open_directory(str(tmp_path / "a"), "")
