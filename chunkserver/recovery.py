@@ -130,7 +130,7 @@ def scan(disk: Disk, cluster: UUID) -> Iterator[Replica]:
                 log.warning("not a chunk file", path=path)
             elif name.endswith(FAILED_SUFFIX) and chunk == replaced:
                 log.info("removing what was given up and has been replaced", path=path)
-                disk.unlink(path)
+                _remove(disk, path)
             elif name.endswith(FAILED_SUFFIX):
                 error = ErrorCode.REPLICA_FAILED.name
                 yield Replica(chunk, ReplicaState.FAILED, 0, Progress(0, 0, 0, 0), path=path, error=error)
