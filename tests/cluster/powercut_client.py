@@ -76,6 +76,11 @@ class PowerClient:
                 return await function(*arguments)
             except DfsError as error:
                 raise OSError(ERRNO[error.code], str(error)) from None
+            except RuntimeError:
+                if not self.dead:
+                    raise
+                # It was about to start a task where everything had ended already.
+                raise OSError(errno.ENOTCONN, "the client died") from None
             finally:
                 self._calls.discard(scope)
         raise OSError(errno.ENOTCONN, "the client died")
@@ -245,7 +250,7 @@ class ClientTree:
 
 
 @asynccontextmanager
-async def open_client(port: int, key: ClusterKey) -> AsyncIterator[PowerClient]:
+async def open_client(port: int, key: ClusterKey, *, read_seconds: float = READ_SECONDS) -> AsyncIterator[PowerClient]:
     """A mount for the block; if it has not died by then it is ended as an unmount does."""
     mounted: list[PowerClient] = []
     hooks = Hooks(
@@ -262,7 +267,7 @@ async def open_client(port: int, key: ClusterKey) -> AsyncIterator[PowerClient]:
             trio.open_nursery() as nursery,
         ):
             writer = Writer(meta, pool, WriterOptions(give_up_seconds=2 * PATIENCE_SECONDS))
-            reader = Reader(meta, pool, BlockCache(16 << 20), ReaderOptions(READ_SECONDS))
+            reader = Reader(meta, pool, BlockCache(16 << 20), ReaderOptions(read_seconds))
             core = Core(Remote(meta, PATIENCE_SECONDS), writer, reader, NoKernel(), VfsOptions())
             core.inodes.learn(meta.root, core.inodes.now()).lookups = 1
             client = PowerClient(meta, Vfs(core, meta.root.ino), scope)

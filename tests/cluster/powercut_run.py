@@ -10,8 +10,8 @@ before. Prints one line for each broken promise; exit code 1 if there is one.
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -24,13 +24,13 @@ sys.path += [str(TESTS / "cluster"), str(TESTS / "crash"), str(TESTS.parent)]
 
 from load_manifest import Manifest, Recorded, Tree  # noqa: E402
 from powercut import Lies, Mode  # noqa: E402
-from powercut_client import ClientFilesystem, ClientTree, PowerClient, open_client  # noqa: E402
+from powercut_client import READ_SECONDS, ClientFilesystem, ClientTree, PowerClient, open_client  # noqa: E402
 from powercut_cluster import PowerCluster  # noqa: E402
-from replica_sets import ReplicaSets  # noqa: E402
+from replica_sets import read_sets  # noqa: E402
 from verifying_load import Load  # noqa: E402
 
 from chunkserver.client import open_pool  # noqa: E402
-from metaserver.protocol import FileStatus, Status  # noqa: E402
+from metaserver.protocol import FileStatus, ServerStatus, Status  # noqa: E402
 
 # How long a client works before the cut, and how long a start goes on before the next.
 WORK_SECONDS = (0.02, 0.9)
@@ -79,8 +79,16 @@ class Worker:
 class PowerCuts:
     """One cluster, and what was found broken on it."""
 
-    def __init__(self, root: Path, mode: Mode, seed: int, lies: dict[str, Lies] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        mode: Mode,
+        seed: int,
+        lies: dict[str, Lies] | None = None,
+        read_seconds: float = READ_SECONDS,
+    ) -> None:
         self.root = root
+        self.read_seconds = read_seconds
         self.random = Random(seed)
         self.cluster = PowerCluster(root / "cluster", mode, self.random, lies=lies)
         self.broken: list[str] = []
@@ -114,7 +122,7 @@ class PowerCuts:
     @asynccontextmanager
     async def _survivor(self, nursery: trio.Nursery) -> AsyncIterator[Worker]:
         """A client that lives through all cuts; its unmount writes what it has not yet written."""
-        async with open_client(self.cluster.port, self.cluster.key) as client:
+        async with self._client() as client:
             worker = await self._worker(client, "survivor")
             nursery.start_soon(worker.work)
             try:
@@ -124,13 +132,16 @@ class PowerCuts:
                 raise
             self.steps += worker.load.steps
 
+    def _client(self) -> AbstractAsyncContextManager[PowerClient]:
+        return open_client(self.cluster.port, self.cluster.key, read_seconds=self.read_seconds)
+
     async def _worker(self, client: PowerClient, name: str) -> Worker:
         await client.make_directory(name)
         return Worker(client, name, self.root / f"manifest-{name}", self.random.randrange(1 << 30))
 
     async def _one_point(self, nursery: trio.Nursery) -> None:
         """A client that dies at the cut; whoever comes after it verifies what it was promised."""
-        async with open_client(self.cluster.port, self.cluster.key) as client:
+        async with self._client() as client:
             worker = await self._worker(client, "mortal")
             self.broken += await worker.verify()
             nursery.start_soon(worker.work)
@@ -166,7 +177,7 @@ class PowerCuts:
 
     async def _verify_everything(self) -> None:
         """With a new client, and then from each set of replicas alone."""
-        async with open_client(self.cluster.port, self.cluster.key) as client:
+        async with self._client() as client:
             for name in ("mortal", "survivor"):
                 worker = await self._worker(client, name)
                 self.broken += [f"{name}: {line}" for line in await worker.verify()]
@@ -174,10 +185,12 @@ class PowerCuts:
                 self.broken += await self._verify_replicas(worker, inos)
 
     async def _verify_replicas(self, worker: Worker, inos: dict[str, int]) -> list[str]:
-        status, files = await trio.to_thread.run_sync(self._wait_for_copies, inos)
-        async with open_pool(self.cluster.key, status.cluster_id) as pool:
-            sets = ReplicaSets(pool, status.servers, COPIES)
-            trees = await sets.read(files)
+        async def ask() -> tuple[Sequence[ServerStatus], dict[str, FileStatus]]:
+            status, files = await trio.to_thread.run_sync(self._wait_for_copies, inos)
+            return status.servers, files
+
+        async with open_pool(self.cluster.key, (await self.cluster.wait_ready()).cluster_id) as pool:
+            sets, trees = await read_sets(pool, ask, COPIES)
         self.replica_bytes += sets.bytes_read
         broken = sets.broken
         for number, tree in enumerate(trees):

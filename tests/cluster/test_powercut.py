@@ -24,9 +24,9 @@ PAGE = 4096
 @pytest.mark.parametrize("mode", [Mode.RANDOM, Mode.TORN])
 async def test_power_cuts_of_all_nodes_lose_nothing(tmp_path: Path, mode: Mode) -> None:
     run = PowerCuts(tmp_path, mode, 1)
-    await run.run(4)
+    await run.run(3)
     assert run.broken == []
-    assert run.points >= 4
+    assert run.points >= 3
     assert run.cluster.lost > 0, "there was nothing to lose"
 
 
@@ -43,7 +43,7 @@ LIARS = {
 @pytest.mark.parametrize("liar", LIARS)
 async def test_a_sync_that_does_nothing_is_noticed(tmp_path: Path, liar: str) -> None:
     """Otherwise the tests above would prove nothing."""
-    run = PowerCuts(tmp_path, Mode.EVERYTHING, 1, LIARS[liar])
+    run = PowerCuts(tmp_path, Mode.EVERYTHING, 1, LIARS[liar], read_seconds=0.5)
     await run.run(6)
     assert run.broken, f"{liar} does nothing and nobody notices"
 
@@ -208,12 +208,8 @@ def test_a_transaction_that_is_torn_by_a_cut_is_there_or_not(tmp_path: Path, mod
     assert {text for text, _ in outcomes} <= {b"third", b"fourt"}
 
 
-async def test_the_metaserver_does_everything_through_the_layer(tmp_path: Path) -> None:
-    """No file call of a running metaserver goes past it: what it made since the cut's last sync is known."""
-    run = PowerCuts(tmp_path, Mode.EVERYTHING, 1)
-    await run.run(1)
-    assert run.broken == []
-    files = PoweredFiles(volume_of(tmp_path / "other"))
+def test_a_checkpoint_does_not_begin_without_power(tmp_path: Path) -> None:
+    files = PoweredFiles(volume_of(tmp_path / "disk"))
+    files.volume.cut()
     with pytest.raises(PowerOff):
-        files.volume.cut()
         files.step("checkpoint:before-commit")

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import trio
@@ -26,13 +27,13 @@ sys.path += [str(CRASH.parent / "mount"), str(CRASH.parent.parent)]
 
 from load_manifest import Directory, LocalFilesystem, Manifest, Recorded  # noqa: E402
 from mount_cluster import RealCluster, run, wait_until  # noqa: E402
-from replica_sets import ReplicaSets  # noqa: E402
+from replica_sets import ReplicaSets, read_sets  # noqa: E402
 from verifying_load import Load  # noqa: E402
 
 from chunkserver.client import open_pool  # noqa: E402
 from dfsmount import dfs_find, dfs_mounts, dfs_processes  # noqa: E402
 from dfsmount.dfs_layout import Problem  # noqa: E402
-from metaserver.protocol import FileStatus, Status  # noqa: E402
+from metaserver.protocol import FileStatus, ServerStatus, Status  # noqa: E402
 
 LOAD = CRASH / "verifying_load.py"
 START_SECONDS = 90
@@ -195,23 +196,22 @@ class KillLoop:
         broken = [f"through the mount: {line}" for line in load.verify(Directory(directory))]
         self.wait_repaired()
         paths = {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
-        with self.cluster.api() as api:
-            files = {name: api.file(path.stat().st_ino) for name, path in paths.items()}
-            status = api.status()
-        sets, trees = trio.run(self._read_sets, status, files)
+        inos = {name: path.stat().st_ino for name, path in paths.items()}
+        sets, trees = trio.run(self._read_sets, inos)
         broken += sets.broken
         for number, tree in enumerate(trees):
             broken += [f"replicas {'AB'[number]}: {line}" for line in load.verify(Recorded(tree))]
-        print(f"{len(files)} files, {sets.bytes_read / 1e6:.1f} MB of replicas read, {len(broken)} broken")
+        print(f"{len(inos)} files, {sets.bytes_read / 1e6:.1f} MB of replicas read, {len(broken)} broken")
         return broken
 
-    async def _read_sets(
-        self, status: Status, files: dict[str, FileStatus]
-    ) -> tuple[ReplicaSets, list[dict[str, bytes]]]:
+    async def _read_sets(self, inos: dict[str, int]) -> tuple[ReplicaSets, list[dict[str, bytes]]]:
+        async def ask() -> tuple[Sequence[ServerStatus], dict[str, FileStatus]]:
+            with self.cluster.api() as api:
+                return api.status().servers, {name: api.file(ino) for name, ino in inos.items()}
+
         key = dfs_find.access_to_data(self.cluster.data).key()
-        async with open_pool(key, status.cluster_id) as pool:
-            sets = ReplicaSets(pool, status.servers, self.cluster.wanted.copies)
-            return sets, await sets.read(files)
+        async with open_pool(key, self.cluster.status().cluster_id) as pool:
+            return await read_sets(pool, ask, self.cluster.wanted.copies)
 
 
 def kill_and_verify(

@@ -1,25 +1,43 @@
 """Files as each set of replicas has them: set A takes one good replica of every chunk, set B another, and so on.
 
 Every block of every good replica of every chunk that files refer to is read from its chunkserver and its checksum
-verified; nothing else is tried if that fails.
+verified; nothing else is tried if that fails. Only if a chunk is gone is everything asked for again: the cleaner may
+have moved what was in it meanwhile.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from chunkserver.client import Pool
 from chunkserver.protocol import Peer
-from metaserver.errors import DfsError
+from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import ExtentStatus, FileStatus, ServerStatus
+
+# So often may the cleaner be faster.
+ATTEMPTS = 5
+Ask = Callable[[], Awaitable[tuple[Sequence[ServerStatus], Mapping[str, FileStatus]]]]
+
+
+async def read_sets(pool: Pool, ask: Ask, copies: int) -> tuple["ReplicaSets", list[dict[str, bytes]]]:
+    """One tree for each set, of what ``ask`` says where it is."""
+    for _ in range(ATTEMPTS):
+        servers, files = await ask()
+        sets = ReplicaSets(pool, servers, copies)
+        trees = await sets.read(files)
+        if not sets.gone:
+            break
+    return sets, trees
 
 
 class ReplicaSets:
-    """See the module. ``broken``: what could not be read, and extents of chunks with fewer than ``copies``."""
+    """See the module. ``broken``: what could not be read, and extents of chunks with fewer than ``copies``; ``gone``:
+    chunks that were not there."""
 
     def __init__(self, pool: Pool, servers: Sequence[ServerStatus], copies: int) -> None:
         self._pool = pool
         self._peers = {server.server: Peer(server.server, server.host, server.port) for server in servers}
         self.copies = copies
         self.broken: list[str] = []
+        self.gone = 0
         self.bytes_read = 0
 
     async def read(self, files: Mapping[str, FileStatus]) -> list[dict[str, bytes]]:
@@ -42,6 +60,7 @@ class ReplicaSets:
             try:
                 data = await self._read_replica(self._peers[server], extent)
             except DfsError as error:
+                self.gone += error.code is ErrorCode.NO_SUCH_CHUNK
                 self.broken.append(f"{path}: chunk {extent.chunk} on server {server}: {error}")
                 continue
             for content in contents[number :: max(1, len(good))]:
