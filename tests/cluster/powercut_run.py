@@ -1,10 +1,11 @@
 """Power cuts at random points under a verifying load, by hand and from ``test_powercut.py``.
 
-``python powercut_run.py DIRECTORY MODE POINTS SEED`` cuts the power of all nodes POINTS times, MODE being
+``python powercut_run.py DIRECTORY MODE POINTS SEED [--mount]`` cuts the power of all nodes POINTS times, MODE being
 "everything", "random" or "torn" (see ``powercut``). Two clients work all the time. One dies with each cut: after it a
 new one verifies all that the old one was promised, before it goes on. The other outlives the servers, meets no error,
 and in the end everything it has done is there, fsynced or not. A part of the cuts comes during the start after the one
-before. Prints one line for each broken promise; exit code 1 if there is one.
+before. With ``--mount`` a real mount outlives the servers, too. Prints one line for each broken promise; exit code 1 if
+there is one.
 """
 
 import logging
@@ -26,6 +27,7 @@ from load_manifest import Manifest, Recorded, Tree  # noqa: E402
 from powercut import Lies, Mode  # noqa: E402
 from powercut_client import READ_SECONDS, ClientFilesystem, ClientTree, PowerClient, open_client  # noqa: E402
 from powercut_cluster import PowerCluster  # noqa: E402
+from powercut_mount import RealMount  # noqa: E402
 from replica_sets import read_sets  # noqa: E402
 from verifying_load import Load  # noqa: E402
 
@@ -86,8 +88,10 @@ class PowerCuts:
         seed: int,
         lies: dict[str, Lies] | None = None,
         read_seconds: float = READ_SECONDS,
+        mounted: bool = False,
     ) -> None:
         self.root = root
+        self.mounted = mounted
         self.read_seconds = read_seconds
         self.random = Random(seed)
         self.cluster = PowerCluster(root / "cluster", mode, self.random, lies=lies)
@@ -109,7 +113,7 @@ class PowerCuts:
     async def _run(self, nursery: trio.Nursery, points: int) -> None:
         self.cluster.begin(nursery)
         await self.cluster.wait_ready()
-        async with self._survivor(nursery) as survivor:
+        async with self._survivor(nursery) as survivor, self._mount():
             while self.points < points and not self.broken:
                 await self._one_point(nursery)
             if self.broken:
@@ -131,6 +135,22 @@ class PowerCuts:
                 client.die()  # it would wait for servers that do not come
                 raise
             self.steps += worker.load.steps
+
+    @asynccontextmanager
+    async def _mount(self) -> AsyncIterator[None]:
+        """A real mount that lives through all cuts."""
+        if not self.mounted:
+            yield
+            return
+        mount = RealMount(self.root, self.cluster)
+        try:
+            await trio.to_thread.run_sync(mount.begin)
+            yield
+            self.broken += await trio.to_thread.run_sync(mount.verify)
+            self.steps += mount.load.steps
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(mount.end)
 
     def _client(self) -> AbstractAsyncContextManager[PowerClient]:
         return open_client(self.cluster.port, self.cluster.key, read_seconds=self.read_seconds)
@@ -229,9 +249,10 @@ def quiet(path: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     root, mode, points, seed = Path(arguments[0]), Mode(arguments[1]), int(arguments[2]), int(arguments[3])
+    mounted = "--mount" in arguments
     done = failed = 0
     while done < points:
-        run = PowerCuts(root / f"{mode.value}-{seed}", mode, seed)
+        run = PowerCuts(root / f"{mode.value}-{seed}", mode, seed, mounted=mounted)
         run.root.mkdir(parents=True)
         quiet(run.root / "log")
         began = time.monotonic()
