@@ -38,7 +38,8 @@ class Files:
         The metaserver is asked every time: it fetches what other sessions have not written yet.
         """
         core = self._core
-        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        # Linux truncates even what is only opened for reading, if the caller may write to it.
+        writing = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
         if writing and core.options.read_only:
             raise DfsError(ErrorCode.READ_ONLY)
         async with core.files.opening(ino):
@@ -55,7 +56,7 @@ class Files:
         if inode.shown_size != file.state.size:
             # The kernel takes the offset of an append from the size it believes in, which may be another.
             core.kernel.forget_attributes(ino)
-        if writing and flags & os.O_TRUNC:
+        if flags & os.O_TRUNC:
             await self._truncate_opened(file)
         return self._hand_out(file, flags, keep_cache)
 

@@ -185,6 +185,12 @@ def test_a_large_directory(place: Path) -> None:
     assert len(os.listdir(place)) == 1500
 
 
+def test_a_file_opened_for_reading_is_truncated_if_asked(place: Path) -> None:
+    (place / "f").write_text("something")
+    os.close(os.open(place / "f", os.O_RDONLY | os.O_TRUNC))
+    assert (place / "f").read_text() == ""
+
+
 @pytest.mark.parametrize("seconds", [-(1 << 33), -1, 4_294_967_296, 9_000_000_000, 10_000_000_000, 1 << 40, -(1 << 40)])
 def test_times_far_away_are_kept_or_brought_into_range(place: Path, seconds: int) -> None:
     """As local filesystems do, whether the file is open for writing (then it is told later) or not."""
