@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,8 +112,14 @@ def test_a_new_server_gets_its_share(tmp_path: Path) -> None:
         wait_until(lambda: held(cluster, "chunkserver1") >= 6, "everything is reported")
         said = cluster.dfs("rebalance", "--data", cluster.data).stdout
         assert "Nothing is being moved" in said
-        # What servers tell of themselves is a moment old.
-        wait_until(lambda: [server.chunks for server in cluster.status().servers] == [4, 4, 4], "all have the same")
+        held_by = Counter(
+            replica.name
+            for path in contents
+            for extent in cluster.file(path).extents
+            for replica in extent.replicas
+            if replica.state == "GOOD"
+        )
+        assert held_by == {"chunkserver1": 4, "chunkserver2": 4, "chunkserver3": 4}
         shown = json.loads(cluster.dfs("rebalance", "--status", "--json", "--data", cluster.data).stdout)
         assert (shown["mode"], shown["under_way"]) == ("IDLE", 0)
         verify(cluster, contents)

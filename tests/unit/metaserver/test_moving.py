@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 from running_metaserver import FILE, FakeServer, Running, running
-from test_repair import states, three, written
+from test_repair import Obedient, states, three, written
 
 from metaserver import chunks, copies, protocol
 from metaserver.balancing import Mode
@@ -350,3 +350,87 @@ async def test_removing_a_server_goes_on_after_a_crash(
         assert 1 not in metaserver.parts.members.by_id
         await back.start()
         assert metaserver.parts.members.by_id[1].up
+
+
+# -- repair --------------------------------------------------------------------------------------------------------
+
+
+async def test_the_fewest_copies_come_first_even_before_what_waits_already(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Two servers are lost one after the other; copies are so slow that the order shows."""
+    async with running(
+        data, copies=3, lost_after_seconds=5.0, session_deadline_seconds=1e6, copy_bytes_per_second=20
+    ) as metaserver:
+        servers = Obedient([await metaserver.server(number) for number in range(1, 7)])
+        mount = await metaserver.mount()
+        wanted = [await written(mount, servers.servers, b"%d" % number) for number in range(60)]
+        await servers.run(10)
+        for number in (1, 2):
+            servers.stopped.add(number)
+            while metaserver.parts.members.by_id[number].state is not ServerState.LOST:
+                await servers.run(1)
+        under_way = {one.order.chunk for one in metaserver.parts.repair.orders.all()}
+        urgent = {chunk for chunk in wanted if len(good(metaserver, chunk) - {1, 2}) == 1} - under_way
+        assert len(urgent) > 2
+        servers.done.clear()
+        await servers.run(400)
+        copied = [chunk for kind, chunk, _ in servers.done if kind is OrderKind.COPY and chunk not in under_way]
+        # Others only where both ends of a copy have nothing more urgent to do.
+        assert urgent <= set(copied[: 2 * len(urgent)])
+        assert len(set(copied)) > 4 * len(urgent)
+        assert all(len(good(metaserver, chunk) - {1, 2}) == 3 for chunk in wanted)
+
+
+@pytest.mark.parametrize("code", [ErrorCode.BAD_CHECKSUM, ErrorCode.UNAVAILABLE, ErrorCode.DISK_FULL])
+async def test_one_bad_target_does_not_hold_a_chunk_up(
+    data: Path, autojump_clock: trio.testing.MockClock, code: ErrorCode
+) -> None:
+    async with running(data, lost_after_seconds=5.0, session_deadline_seconds=1e6) as metaserver:
+        servers = Obedient([await metaserver.server(number) for number in range(1, 5)])
+        mount = await metaserver.mount()
+        chunk = await written(mount, servers.servers)
+        await servers.run(5)
+        lost, *_ = sorted(good(metaserver, chunk))
+        others = {1, 2, 3, 4} - good(metaserver, chunk)
+        bad = min(others)
+        servers.fail[(OrderKind.COPY, bad)] = code.name
+        servers.stopped.add(lost)
+        await servers.run(30)
+        assert max(others) in good(metaserver, chunk)
+
+
+async def test_a_server_that_takes_orders_and_does_nothing_is_passed_over(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running(data, lost_after_seconds=5.0, session_deadline_seconds=1e6) as metaserver:
+        servers = Obedient([await metaserver.server(number) for number in range(1, 5)])
+        mount = await metaserver.mount()
+        chunk = await written(mount, servers.servers)
+        await servers.run(5)
+        lost, *_ = sorted(good(metaserver, chunk))
+        idle = min({1, 2, 3, 4} - good(metaserver, chunk))
+        metaserver.parts.members.by_id[max({1, 2, 3, 4} - good(metaserver, chunk))].disk_state = "FULL"
+        servers.idle.add(idle)
+        servers.stopped.add(lost)
+        await servers.run(200)
+        assert len(good(metaserver, chunk) - {lost}) == 2
+        assert idle not in states(metaserver, chunk)
+
+
+async def test_copies_on_one_host_move_apart_when_there_is_another(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running(data, session_deadline_seconds=1e6) as metaserver:
+        servers = Obedient([await metaserver.server(number, host="one") for number in (1, 2)])
+        mount = await metaserver.mount()
+        wanted = [await written(mount, servers.servers, b"%d" % number) for number in range(4)]
+        await servers.run(10)
+        servers.servers[3] = await metaserver.server(3, host="two")
+        await servers.run(30)
+        for chunk in wanted:
+            assert 3 in good(metaserver, chunk)
+            assert len(states(metaserver, chunk)) == 2
+        status = await metaserver.parts.status.status()
+        assert status.repair is not None
+        assert (status.repair.chunks, status.repair.to_move, status.repair.under_way) == (0, 0, 0)

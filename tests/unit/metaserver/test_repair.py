@@ -25,6 +25,8 @@ class Obedient:
     def __init__(self, servers: list[FakeServer]) -> None:
         self.servers = {server.number: server for server in servers}
         self.stopped: set[int] = set()
+        # Take orders, and do nothing.
+        self.idle: set[int] = set()
         self.done: list[tuple[OrderKind, int, int]] = []
         self.fail: dict[tuple[OrderKind, int], str] = {}
 
@@ -34,7 +36,8 @@ class Obedient:
             for number, server in self.servers.items():
                 if number not in self.stopped:
                     await server.beat(results=results[number])
-                    results[number] = [self.obey(server, order) for order in server.orders]
+                    orders = [] if number in self.idle else server.orders
+                    results[number] = [self.obey(server, order) for order in orders]
             await trio.sleep(1)
 
     def obey(self, server: FakeServer, order: protocol.Order) -> OrderResult:
