@@ -20,7 +20,7 @@ from chunkserver.disk import File
 from chunkserver.index import Index
 from chunkserver.protocol import Append, Progress
 from chunkserver.replica import Replica, ReplicaState, Write, Writing
-from chunkserver.table import FULL_ERRNOS, Table, cancel_queue, parent
+from chunkserver.table import FULL_ERRNOS, Table, cancel_queue, failure_of, parent
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.wire import Buffer
 
@@ -150,7 +150,7 @@ class Appends:
             writing = Writing(None, nothing)
             return Replica(request.chunk, ReplicaState.OPEN, self._table.now_ns(), nothing, writing=writing)
         if replica.state is ReplicaState.FAILED:
-            raise DfsError(ErrorCode.REPLICA_FAILED, "this replica was given up")
+            raise failure_of(replica, "this replica was given up")
         if replica.state is ReplicaState.SEALED or (replica.writing and replica.writing.closed):
             raise DfsError(ErrorCode.CHUNK_SEALED)
         if replica.state is not ReplicaState.OPEN:
@@ -277,7 +277,7 @@ class Appends:
 
     def _is_synced(self, replica: Replica, entries: int) -> bool:
         if replica.state is ReplicaState.FAILED:
-            raise DfsError(ErrorCode.REPLICA_FAILED, "this replica was given up")
+            raise failure_of(replica, "this replica was given up")
         if replica.state is ReplicaState.DELETED:
             raise DfsError(ErrorCode.NO_SUCH_CHUNK, "deleted meanwhile")
         if replica.state is ReplicaState.SEALED:

@@ -16,6 +16,7 @@ import mmap
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from metaserver.wire import Buffer
@@ -27,11 +28,14 @@ DIRECT_BYTES = 1 << 20
 
 
 class Space(NamedTuple):
-    """Bytes of the filesystem below a data directory. ``device`` is the same for all directories on one filesystem."""
+    """Bytes of the filesystem below a data directory. ``device`` is the same for all directories on one filesystem;
+    ``files``: how many more files it can have, where it says so; ``read_only``: it takes nothing at all."""
 
     capacity: int
     free: int
     device: str = ""
+    files: int = 1 << 32
+    read_only: bool = False
 
 
 class File(Protocol):
@@ -234,7 +238,9 @@ class LocalDisk:
     def space(self) -> Space:
         stats = os.statvfs(self.root)
         device = f"{socket.gethostname()}:{os.stat(self.root).st_dev}"
-        return Space(stats.f_blocks * stats.f_frsize, stats.f_bavail * stats.f_frsize, device)
+        files = stats.f_favail if stats.f_files else 1 << 32
+        read_only = bool(stats.f_flag & os.ST_RDONLY)
+        return Space(stats.f_blocks * stats.f_frsize, stats.f_bavail * stats.f_frsize, device, files, read_only)
 
     def read_small(self, path: str) -> bytes | None:
         try:
@@ -244,17 +250,32 @@ class LocalDisk:
             return None
 
     def write_atomically(self, path: str, data: bytes) -> None:
-        temporary = path + ".new"
-        descriptor = os.open(self._full(temporary), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        # The file that is replaced is kept as the next temporary one: on a full disk its block is all there is.
+        temporary, old = path + ".new", path + ".old"
+        descriptor = os.open(self._full(temporary), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
+            file.truncate()
             self.step("atomic:before-sync")
             os.fsync(file.fileno())
+        with suppress(OSError):  # it was there already, or there is nothing to be kept
+            os.link(self._full(path), self._full(old))
         self.step("atomic:before-rename")
         self.rename(temporary, path)
+        with suppress(OSError):
+            self._keep_temporary(old, temporary)
         self.step("atomic:before-directory-sync")
         self.sync_directory(os.path.dirname(path))
+
+    def _keep_temporary(self, old: str, temporary: str) -> None:
+        """What is needed to replace the file once more, with its block."""
+        try:
+            self.rename(old, temporary)
+        except FileNotFoundError:
+            descriptor = os.open(self._full(temporary), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(bytes(ALIGNMENT))
 
     def lock(self) -> bool:
         descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

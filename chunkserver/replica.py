@@ -77,7 +77,7 @@ class Replica:
     """A chunk's copy on this disk. ``written`` is what can be read; ``error`` is an ``ErrorCode`` name once something
     about it is known to be bad; ``verified``: its payload was read back, or written by this process, or sealed."""
 
-    __slots__ = ("chunk", "created_ns", "error", "path", "state", "verified", "verifying", "writing", "written")
+    __slots__ = ("chunk", "created_ns", "error", "full", "path", "state", "verified", "verifying", "writing", "written")
 
     def __init__(
         self,
@@ -99,6 +99,8 @@ class Replica:
         self.verified = verified
         self.verifying: trio.Event | None = None
         self.error = error
+        # It was given up because the disk was full.
+        self.full = False
         self.writing = writing
 
     def move(self, state: ReplicaState) -> None:

@@ -3,6 +3,9 @@
 Appending is in ``appends``, reading and verifying in ``reads``; here is what ends or begins a replica as a whole.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from chunkserver import chunkfile
 from chunkserver.appends import Appends
 from chunkserver.chunkfile import ENTRY_BYTES, INDEX_OFFSET, PAYLOAD_OFFSET, Header
@@ -11,8 +14,22 @@ from chunkserver.index import Index
 from chunkserver.protocol import Progress
 from chunkserver.reads import Reads
 from chunkserver.replica import Replica, ReplicaState
-from chunkserver.table import Table, cancel_queue, parent
+from chunkserver.table import FULL_ERRNOS, Table, cancel_queue, parent
 from metaserver.errors import DfsError, ErrorCode
+
+
+class _NoSpaceYet(Exception):
+    """A write that was refused for lack of space, before anything was synced: the file is as good as before."""
+
+
+@contextmanager
+def _full_is_no_failure() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL_ERRNOS:
+            raise _NoSpaceYet from error
+        raise
 
 
 class Store:
@@ -54,6 +71,9 @@ class Store:
                 limiter=self.table.limits.changes,
                 abandon_on_cancel=True,
             )
+        except _NoSpaceYet:
+            # Nothing is lost and nothing is wrong with it: it takes no appends, and is sealed when there is space.
+            raise DfsError(ErrorCode.DISK_FULL, "no space to seal it") from None
         except OSError as error:
             self.table.give_up(replica, error)
             raise DfsError(ErrorCode.REPLICA_FAILED, f"cannot seal: {error.strerror}") from None
@@ -88,19 +108,25 @@ class Store:
         """Cuts and syncs first, then says so: a header that says sealed is true."""
         disk = self.table.disk
         disk.step("seal:before-cut")
+        with _full_is_no_failure():
+            self._cut(file, header)
+        disk.step("seal:before-sync")
+        file.sync()
+        disk.sync_directory(parent(path))
+        disk.step("seal:before-header")
+        with _full_is_no_failure():
+            file.write([chunkfile.encode_header(header)], 0)
+        disk.step("seal:before-header-sync")
+        file.sync()
+        disk.step("seal:after-sync")
+
+    def _cut(self, file: File, header: Header) -> None:
+        """Removes what lies past the sealed length and entries."""
         file.truncate(PAYLOAD_OFFSET + header.sealed_length)
         position = INDEX_OFFSET + header.sealed_entries * ENTRY_BYTES
         beyond = file.read(PAYLOAD_OFFSET - position, position).rstrip(b"\0")
         if beyond:
             file.write([bytes(len(beyond))], position)
-        disk.step("seal:before-sync")
-        file.sync()
-        disk.sync_directory(parent(path))
-        disk.step("seal:before-header")
-        file.write([chunkfile.encode_header(header)], 0)
-        disk.step("seal:before-header-sync")
-        file.sync()
-        disk.step("seal:after-sync")
 
     async def delete(self, chunk: int) -> None:
         """Removes a replica, first from memory, so that later appends answer NO_SUCH_CHUNK.
@@ -119,6 +145,8 @@ class Store:
         except FileNotFoundError:
             pass
         except OSError as error:
+            if error.errno in FULL_ERRNOS:  # some file systems need space to remove: the next start finds it again
+                raise DfsError(ErrorCode.DISK_FULL, f"cannot remove {replica.path}: {error.strerror}") from None
             self.table.disk_failed(f"cannot remove {replica.path}: {error.strerror}")
             raise DfsError(ErrorCode.DISK_FAILED, self.table.disk_error) from None
         self.table.directory_changed(parent(replica.path))

@@ -30,6 +30,8 @@ RunSync: TypeAlias = Callable[..., Awaitable[Any]]
 REMEMBERED_DELETIONS = 10_000
 # What a full disk says, and a full quota.
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
+# With fewer files left none is begun: what is there already needs some to be deleted, copied and compacted.
+LEAST_FILES = 16
 DISK_OK, DISK_FULL, DISK_FAILED = "OK", "FULL", "FAILED"
 
 
@@ -158,7 +160,7 @@ class Table:
     def disk_state(self) -> str:
         if self.disk_error:
             return DISK_FAILED
-        return DISK_FULL if self._space.free <= self.reserve_bytes else DISK_OK
+        return DISK_FULL if not self.free else DISK_OK
 
     @property
     def capacity(self) -> int:
@@ -166,8 +168,8 @@ class Table:
 
     @property
     def free(self) -> int:
-        """Bytes that chunks may still take."""
-        return max(0, self._space.free - self.reserve_bytes)
+        """Bytes that chunks may still take; none if no more files can be made."""
+        return max(0, self._space.free - self.reserve_bytes) if self._space.files >= LEAST_FILES else 0
 
     @property
     def spare(self) -> int:
@@ -176,9 +178,17 @@ class Table:
         return min(self.reserve_bytes - half, max(0, self._space.free - half))
 
     def measure_space(self) -> None:
-        """Asks the disk; called now and then, and before an append is refused."""
+        """Asks the disk; called now and then, and before an append is refused. Logs each change of its state."""
+        before = self.disk_state
         self._space = self.disk.space()
         self._free_bytes = self._space.free
+        if self._space.read_only:
+            self.disk_failed("the file system is mounted read-only, or has become so")
+        if self.disk_state == DISK_FULL != before:
+            what = "no more files can be made" if self._space.files < LEAST_FILES else "only its reserve is left"
+            log.warning("the disk is full: no new data until something is deleted", reason=what)
+        elif before == DISK_FULL and self.disk_state == DISK_OK:
+            log.info("the disk has space again", free=self.free)
 
     def require_space(self, length: int, *, makes_room: bool = False) -> None:
         """Raises DISK_FULL if ``length`` bytes more would go below the reserve, of which what ``makes_room`` in the end
@@ -218,15 +228,26 @@ class Table:
         except FileNotFoundError:
             pass  # it could not even be created
         except OSError as second:
-            self.disk_failed(f"cannot rename {replica.path}: {second.strerror}")
+            self._remove_given_up(replica, second)
         replica.move(ReplicaState.FAILED)
         replica.error = ErrorCode.REPLICA_FAILED.name
+        replica.full = error.errno in FULL_ERRNOS
         self.open_chunks.drop(replica.chunk)
         writing, replica.writing = replica.writing, None
         if writing is not None:
-            cancel_queue(writing, DfsError(ErrorCode.REPLICA_FAILED, "an append before it failed"))
+            cancel_queue(writing, failure_of(replica, "an append before it failed"))
             writing.changed.unpark_all()
         self.on_change(replica)
+
+    def _remove_given_up(self, replica: Replica, error: OSError) -> None:
+        """Its file cannot be renamed. On a full disk it is removed instead: nobody would read it."""
+        try:
+            if error.errno not in FULL_ERRNOS:
+                raise error
+            self.disk.unlink(replica.path)
+            self._unsynced_directories.add(parent(replica.path))
+        except OSError as second:
+            self.disk_failed(f"cannot rename {replica.path}: {second.strerror}")
 
     def disk_failed(self, text: str) -> None:
         """Nothing more is written; a restart looks again."""
@@ -243,6 +264,11 @@ class Table:
             replica.error = code.name
             log.error("a replica is damaged", chunk=f"{replica.chunk:x}", reason=code.name)
             self.on_change(replica)
+
+
+def failure_of(replica: Replica, text: str) -> DfsError:
+    """Why a replica that was given up cannot be written to: to a writer, a full disk is no broken one (promise P6)."""
+    return DfsError(ErrorCode.DISK_FULL if replica.full else ErrorCode.REPLICA_FAILED, text)
 
 
 def cancel_queue(writing: Writing, error: DfsError) -> None:
