@@ -143,11 +143,17 @@ def epoch_logs(segments: list[KeptSegment], start: Position, *, tolerant: bool =
     return logs
 
 
+def needed_after(segments: list[KeptSegment], start: Position) -> list[KeptSegment]:
+    """Those that may have changes after ``start``, in order; :func:`find_firsts` has been called."""
+    group = [segment for segment in segments if segment.header.epoch == start.epoch]
+    return group[_first_useful(group, start) :] + [
+        segment for segment in segments if segment.header.epoch > start.epoch
+    ]
+
+
 def _check_complete(segments: list[KeptSegment], start: Position) -> None:
     """What is missing at the end of the log looks like a log that ends there: so names and sizes are looked at."""
-    needed = [segment for segment in segments if segment.header.epoch > start.epoch]
-    group = [segment for segment in segments if segment.header.epoch == start.epoch]
-    needed = group[_first_useful(group, start) :] + needed
+    needed = needed_after(segments, start)
     for segment in needed:
         size = segment.path.stat().st_size
         if size < segment.header.size:

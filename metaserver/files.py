@@ -125,6 +125,20 @@ class Files:
         """Puts a whole file on stable storage."""
         sync_file(path)
 
+    def write_again(self, path: Path) -> None:
+        """Writes a file over itself, as far as it is not zeroes, and puts it on stable storage.
+
+        After a sync has failed the kernel takes what it could not write for written: it is still read, from memory, and
+        the next sync succeeds although the disk does not have it. Only what is written again is tried again.
+        """
+        data = path.read_bytes().rstrip(b"\0")
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._write(descriptor, data, 0)
+        finally:
+            os.close(descriptor)
+        self.sync_path(path)
+
     def close(self, descriptor: int) -> None:
         os.close(descriptor)
 

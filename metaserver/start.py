@@ -3,7 +3,7 @@
 The order is what makes it safe to be interrupted anywhere:
 
 1. the lock of the directory, the store, the changelog replayed over it;
-2. the old segments synced: what was read may have been in the page cache only, and the new epoch builds on it;
+2. what was replayed written again and synced: it may have been in the page cache only, and the new epoch builds on it;
 3. the new epoch's first segment, whose header says where the old epoch ended;
 4. its first record, which reserves new id ranges, synced;
 5. a synced checkpoint of all that, which makes the new epoch the store's.
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from metaserver.changelog import Changelog, KeptSegment, epoch_logs, find_firsts, list_segments, trim
+from metaserver.changelog import Changelog, KeptSegment, epoch_logs, find_firsts, list_segments, needed_after, trim
 from metaserver.files import Files, is_full
 from metaserver.ids import RANGES, Ids, limit_key, limit_of
 from metaserver.logrecord import SEGMENT_BYTES, Position
@@ -229,9 +229,11 @@ class _Start:
         boot = self._next_boot(boot_id, replayed.end)
         # Before the new segment is made: it may be this space that it needs.
         self.segments = trim(self.segments, self.files)
-        for segment in self.segments:
-            if segment.header.epoch == self.segments[-1].header.epoch:
-                self.files.sync_path(segment.path)
+        # What was replayed may be in memory only, even if a sync succeeds now: if an earlier one has failed, the kernel
+        # takes it for written. Nobody was promised it, but the new epoch says that the old one went so far, and a power
+        # cut before the checkpoint that contains it would leave a log with a hole. So it is written again.
+        for segment in needed_after(self.segments, stored_position(self.store)):
+            self.files.write_again(segment.path)
         self.files.step("start:before-epoch")
         epoch = replayed.end.epoch + 1
         directory = self.directory / CHANGELOG_NAME
