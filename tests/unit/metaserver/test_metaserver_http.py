@@ -44,7 +44,7 @@ async def test_only_health_answers_without_the_token(data: Path) -> None:
     async with serving(data, token="wrong") as (_, client):
         health = await client.get("/health")
         assert (health.status_code, health.json()["role"]) == (200, "metaserver")
-        for path in ("/v1/status", "/metrics", "/v1/check", "/servers", "/v1/chunks/1", "/nothing"):
+        for path in ("/v1/status", "/metrics", "/v1/check", "/servers", "/v1/chunks/1", "/nothing", "/v1/copies/1"):
             answer = await client.get(path)
             assert (answer.status_code, answer.json()["code"]) == (401, "BAD_KEY")
 
@@ -79,11 +79,22 @@ async def test_a_chunkserver_registers_reports_and_sends_heartbeats(data: Path) 
         ("/v1/servers/1/report", b'{"incarnation":1,"page":0,"last":true,"replicas":[]}', 409, "STALE_SESSION"),
         ("/v1/servers/1/nothing", b"{}", 404, "NOT_FOUND"),
         ("/v1/status", b"{}", 405, "NOT_SUPPORTED"),
+        ("/v1/servers/1/drain", b"{", 400, "INVALID"),
+        ("/v1/servers/nobody/drain", b"{}", 404, "NOT_FOUND"),
+        ("/v1/servers/nobody/undrain", b"{}", 404, "NOT_FOUND"),
+        ("/v1/servers/nobody/remove", b'{"lose": true}', 404, "NOT_FOUND"),
+        ("/v1/servers/1/remove", b'{"lose": 5}', 400, "INVALID"),
+        ("/v1/copies/1", b"[]", 400, "INVALID"),
+        ("/v1/copies/1", b'{"copies": 99}', 400, "INVALID"),
+        ("/v1/copies/99", b'{"copies": 2}', 404, "NOT_FOUND"),
+        ("/v1/copies/x", b'{"copies": 2}', 400, "INVALID"),
+        ("/v1/rebalance", b"[]", 400, "INVALID"),
         ("/v1/servers/register", b" " * (protocol.HTTP_BODY_LIMIT + 1), 413, "ARGUMENT_TOO_BIG"),
     ],
 )
 async def test_bad_bodies_get_one_line(data: Path, path: str, body: bytes, status: int, code: str) -> None:
-    async with serving(data) as (_, client):
+    async with serving(data) as (metaserver, client):
+        await metaserver.parts.resuming.window.closed.wait()
         answer = await client.post(path, content=body)
         assert (answer.status_code, answer.json()["code"]) == (status, code)
         assert "\n" not in answer.json()["text"]
@@ -159,3 +170,22 @@ async def test_check_snapshot_and_metrics(data: Path) -> None:
         assert 'metaserver_requests_total{method="lookup"} 1.0' in text
         assert "metaserver_sessions 1.0" in text
         assert 'metaserver_chunkserver_up{name="server1",server="1"} 1.0' in text
+
+
+async def test_an_operator_drains_balances_and_sets_copies(data: Path) -> None:
+    async with serving(data) as (metaserver, client):
+        for number in (1, 2, 3):
+            await metaserver.server(number)
+        await metaserver.mount()
+        assert "is being emptied" in (await client.post("/v1/servers/server1/drain", content=b"{}")).json()["text"]
+        shown = (await client.get("/v1/status")).json()
+        assert [server["state"] for server in shown["servers"]] == ["DRAINING", "UP", "UP"]
+        assert "takes data again" in (await client.post("/v1/servers/1/undrain")).json()["text"]
+        assert (await client.post("/v1/rebalance", content=b"{}")).json()["mode"] == "ASKED"
+        assert (await client.post("/v1/rebalance", content=b'{"stop": true}')).json()["mode"] == "STOPPED"
+        assert (await client.get("/v1/rebalance")).json()["mode"] == "STOPPED"
+        assert (await client.post("/v1/copies/1", content=b'{"copies": 3}')).json()["default"] == 2
+        await trio.sleep(0.1)
+        assert (await client.get("/v1/copies/1")).json()["own"] == 3
+        assert (await client.get("/v1/missing")).json() == []
+        assert "metaserver_copies_waiting 0.0" in (await client.get("/metrics")).text
