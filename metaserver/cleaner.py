@@ -64,11 +64,10 @@ HASTE = 4
 
 
 class Phase(Enum):
-    """What a job waits for: the order's result, copies of the new chunk, or nothing."""
+    """What a job waits for: the order's result, or copies of the new chunk."""
 
     COLLECTING = auto()
     COPYING = auto()
-    REWRITING = auto()
 
 
 class Job(msgspec.Struct, eq=False):
@@ -196,13 +195,18 @@ class Cleaner:
         waited = self._clock.seconds - job.since
         if job.phase is Phase.COLLECTING and job.chunk not in self._repair.orders:
             self._give_up(job, ErrorCode.UNAVAILABLE.name)
+        elif job.phase is Phase.COPYING and self._is_over(job):
+            self._end(job, 0)
         elif job.phase is Phase.COPYING and self._enough_copies(job):
-            job.phase = Phase.REWRITING
+            await self._rewrite(job)
         elif job.phase is Phase.COPYING and waited > COPY_SECONDS:
             log.warning("a cleaned chunk gets too few copies", chunk=f"{job.chunk:x}")
             self._give_up(job, ErrorCode.NO_SPACE.name)
-        if job.phase is Phase.REWRITING and job.chunk in self._jobs:
-            await self._rewrite(job)
+
+    def _is_over(self, job: Job) -> bool:
+        """Whether all that had come to refer to the new chunk is gone again."""
+        row, _ = self._rows(job.chunk)
+        return row is None or row.state == ChunkState.DEAD
 
     def _enough_copies(self, job: Job) -> bool:
         """As many as are wanted, as far as there are servers, and never fewer than an old chunk would lose."""
@@ -222,9 +226,10 @@ class Cleaner:
         return (0, 0) if row is None else (len(sure(row, replicas, self._members)), row.copies)
 
     async def _rewrite(self, job: Job) -> None:
-        assert job.moves is not None
         left = moved = 0
         for chunk, usage in job.sources.items():
+            if not self._enough_copies(job):
+                return  # one has gone meanwhile: on with it when there is another
             position: bytes | None = b""
             while position is not None:
                 step = self._rewrite_step(job, chunk, position)
@@ -247,11 +252,10 @@ class Cleaner:
         """None: the new chunk cannot be referred to any more, because all that did is gone."""
         moves = job.moves
         assert moves is not None
-        row, _ = self._rows(job.chunk)
-        if row is None or row.state == ChunkState.DEAD:
+        if self._is_over(job):
             return None
         change = self._committer.change(
-            0, 0, lambda tx, _: rewriting.rewrite_step(tx, chunk, job.chunk, position, moves), frees=True
+            0, 0, lambda tx, _: rewriting.rewrite_step(tx, chunk, job.chunk, position, moves)
         )
         return change.message
 

@@ -5,6 +5,7 @@ import os
 import random
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,10 @@ import sys
 from pathlib import Path
 from dfsmount import dfs_processes, dfs_services
 from dfsmount.dfs_layout import Layout
-dfs_processes.start(dfs_services.metaserver(Layout(Path(sys.argv[1]))))
+layout, name = Layout(Path(sys.argv[1])), sys.argv[2]
+number = name.removeprefix("chunkserver")
+service = dfs_services.chunkserver(layout, int(number)) if number.isdigit() else dfs_services.metaserver(layout)
+dfs_processes.start(service)
 """
 
 
@@ -38,14 +42,22 @@ def hasty_cluster(tmp_path: Path) -> Iterator[RealCluster]:
         dfs_services.write_configs(cluster.layout, cluster.wanted)
         with cluster.layout.config("metaserver").open("a") as config:
             config.write("delete_grace_seconds = 0\n")
-        run(sys.executable, "-c", START, cluster.data, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        start(cluster, "metaserver")
         # It has read its configuration, which `dfs up` writes anew.
         wait_until(lambda: not dfs_processes.is_free(HOST, cluster.wanted.http_port), "the metaserver serves")
         cluster.up()
+        # For its restarts.
+        with cluster.layout.config("metaserver").open("a") as config:
+            config.write("delete_grace_seconds = 0\n")
         yield cluster
         cluster.check()
     finally:
         cluster.destroy()
+
+
+def start(cluster: RealCluster, name: str) -> None:
+    """Starts a server with the configuration that is there."""
+    run(sys.executable, "-c", START, cluster.data, name, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def taken(cluster: RealCluster) -> int:
@@ -158,4 +170,53 @@ def test_files_stay_readable_while_their_chunks_are_cleaned(hasty_cluster: RealC
     assert len(hasty_cluster.file(keeps).extents) < shattered // 10
     hasty_cluster.remount()
     assert keeps.read_bytes() == content
+    hasty_cluster.check("--deep")
+
+
+# -- for long ------------------------------------------------------------------------------------------------------
+
+
+class Killer(threading.Thread):
+    """Kills a random server every few seconds, and starts it again, until told to stop."""
+
+    def __init__(self, cluster: RealCluster) -> None:
+        super().__init__()
+        self.cluster = cluster
+        self.stopping = threading.Event()
+        self.kills = 0
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        chance = random.Random(5)
+        try:
+            while not self.stopping.wait(chance.uniform(2, 6)):
+                name = chance.choice(["metaserver", "chunkserver1", "chunkserver2", "chunkserver3"])
+                self.cluster.kill(name)
+                self.kills += 1
+                self.stopping.wait(chance.choice([0, 0.3, 1.5]))
+                start(self.cluster, name)
+        except Exception as error:
+            self.error = error
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_ten_minutes_of_churn_with_kills(hasty_cluster: RealCluster) -> None:
+    folder = hasty_cluster.mnt / "work"
+    folder.mkdir()
+    churn, killer, end = Churn(folder, 77), Killer(hasty_cluster), time.monotonic() + 600
+    killer.start()
+    try:
+        while time.monotonic() < end:
+            churn.step()
+            assert churn.wrong([min(churn.contents)]) == []
+    finally:
+        killer.stopping.set()
+        killer.join(60)
+    assert killer.error is None
+    assert killer.kills > 60
+    seal_everything(hasty_cluster)
+    wait_until(lambda: taken(hasty_cluster) < 2 * 2 * churn.live, "space has come back", 120)
+    hasty_cluster.remount()
+    assert churn.wrong() == []
     hasty_cluster.check("--deep")
