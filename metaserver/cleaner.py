@@ -47,7 +47,7 @@ MOST_RANGES = 8192
 # Rows read between two turns of others: about 5 ms.
 SLICE_ROWS = 1000
 # Less room than this is no place to collect anything in.
-LEAST_ROOM = 1 << 20
+LEAST_ROOM = 256 << 10
 # The sources of a job that failed are left alone for so long.
 RETRY_SECONDS = 30.0
 # And its server, if that was at fault: how full it is its next heartbeats will say.

@@ -255,7 +255,7 @@ class Members:
 
     def candidates(self, *, makes_room: bool = False) -> list[Candidate]:
         """Servers that take new data; with ``makes_room`` what leads to space being freed, and has the spare for it."""
-        rooms = self._rooms()
+        rooms = self._rooms(makes_room=makes_room)
         return [
             member.candidate(rooms[member.device] + (member.spare if makes_room else 0))
             for member in self.by_id.values()
@@ -313,12 +313,13 @@ class Members:
 
     # -- space ---------------------------------------------------------------------------------------------------
 
-    def _rooms(self) -> dict[str, int]:
-        """Bytes free and not reserved on each filesystem; servers that are down told it some time ago, if."""
+    def _rooms(self, *, makes_room: bool = False) -> dict[str, int]:
+        """Bytes free and not reserved on each filesystem; servers that are down told it some time ago, if. What is kept
+        for the cleaner counts only for what makes room."""
         devices: dict[str, list[Member]] = {}
         for member in self.by_id.values():
             devices.setdefault(member.device, []).append(member)
-        return {device: _shared_room(sharing) for device, sharing in devices.items()}
+        return {device: _shared_room(sharing, makes_room=makes_room) for device, sharing in devices.items()}
 
     def space(self, copies: int) -> tuple[int, int]:
         """Total and free bytes that can be stored at so many copies on different servers: in all that is not LOST, and
@@ -394,7 +395,8 @@ class Members:
                 member.reserved += change
 
 
-def _shared_room(sharing: list[Member]) -> int:
-    """Bytes free and not reserved on the filesystem of these servers; those that are down told it some time ago, if."""
+def _shared_room(sharing: list[Member], *, makes_room: bool) -> int:
+    """Of the filesystem of these servers."""
+    kept = 0 if makes_room else space.cleaning_room(max(member.capacity for member in sharing))
     free = min([member.free for member in sharing if member.up] or [member.free for member in sharing])
-    return max(0, free - sum(member.reserved for member in sharing))
+    return max(0, free - kept - sum(member.reserved for member in sharing))

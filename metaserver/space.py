@@ -35,11 +35,23 @@ PRESSING_SECONDS = 60.0
 SHORT_GRACE_SECONDS = 2.0
 
 
+# What the cleaner has at least, if that is not more than this part of a disk; the spare is by default that part.
+CLEANING_BYTES = 8 << 20
+_CLEANING_PART = 16
+_SPARE_PART = 200
+
+
 class Volume(NamedTuple):
     """A filesystem: bytes that can be placed on it, and how many servers have their data there."""
 
     room: int
     servers: int
+
+
+def cleaning_room(capacity: int) -> int:
+    """Bytes of a disk that nothing new is placed in, beside the spare: where that is little, on disks below 1.6 GiB.
+    Dead bytes of chunks that are partly alive come back only if what is alive can be put somewhere."""
+    return min(max(0, CLEANING_BYTES - capacity // _SPARE_PART), capacity // _CLEANING_PART)
 
 
 def footprint(length: int) -> int:

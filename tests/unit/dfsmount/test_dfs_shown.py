@@ -15,6 +15,7 @@ from dfsmount.dfs_find import Access
 from dfsmount.dfs_layout import Problem
 from metaserver.protocol import (
     ChunkHealth,
+    CleanerStatus,
     ExtentStatus,
     FileStatus,
     ReplicaStatus,
@@ -82,6 +83,13 @@ def test_what_is_not_well(changes: dict[str, Any], text: str) -> None:
 def test_missing_data_comes_first() -> None:
     worst = status(servers=[server(1), server(2, "LOST")], chunks=ChunkHealth(8, 0, 5, 3, 0, 0))
     assert dfs_show.verdict(worst).startswith("Not healthy: DATA IS MISSING: 3 chunks")
+
+
+def test_the_cleaner_is_shown_while_it_has_work() -> None:
+    assert not any(line.startswith("cleaner") for line in dfs_show.summary_lines(status(), "host:1"))
+    cleaner = CleanerStatus(candidates=3, dead_bytes=100 << 20, cleaning=1, freed_chunks=7)
+    (line,) = (line for line in dfs_show.summary_lines(status(cleaner=cleaner), "h") if line.startswith("cleaner"))
+    assert line == "cleaner     rewriting 1 chunk, 3 chunks with 100 MiB dead; 7 chunks freed so far"
 
 
 def test_status_is_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,6 +169,8 @@ async def test_check_snapshot_and_metrics(data: Path) -> None:
         text = (await client.get("/metrics")).text
         assert 'metaserver_requests_total{method="lookup"} 1.0' in text
         assert "metaserver_sessions 1.0" in text
+        assert "metaserver_dead_bytes 0.0" in text
+        assert "metaserver_cleaned_chunks_total 0.0" in text
         assert 'metaserver_chunkserver_up{name="server1",server="1"} 1.0' in text
 
 

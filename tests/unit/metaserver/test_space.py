@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metaserver.protocol import CHUNK_CAPACITY
-from metaserver.space import LEAST_LIMIT, Volume, chunk_limit, footprint, is_short, payload, placeable
+from metaserver.space import LEAST_LIMIT, Volume, chunk_limit, cleaning_room, footprint, is_short, payload, placeable
 
 MIB = 1 << 20
 volumes = st.lists(st.builds(Volume, st.integers(0, 40), st.integers(1, 3)), max_size=5)
@@ -63,3 +63,9 @@ def test_limits_shrink_with_the_room() -> None:
     assert chunk_limit(0, 0) == CHUNK_CAPACITY
     assert is_short(100, 4)
     assert not is_short(100, 5)
+
+
+def test_small_disks_keep_something_for_the_cleaner_where_the_spare_is_little() -> None:
+    assert cleaning_room(220 << 20) == (8 << 20) - (220 << 20) // 200
+    assert cleaning_room(16 << 20) == 1 << 20
+    assert cleaning_room(2 << 30) == cleaning_room(1 << 40) == 0
