@@ -23,6 +23,8 @@ from metaserver.protocol import DirectoryEntry, DirectoryPage, Opened
 
 CLOSE_SECONDS = 0.5
 CLOSE_BATCH = 500
+# An OPEN or a CLOSE that failed like this may have been carried out, or may yet be.
+UNKNOWN_OUTCOME = frozenset({ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE, ErrorCode.CANCELLED})
 
 
 class OpenFile:
@@ -160,7 +162,8 @@ class OpenFiles:
     Invariants: ``inode.opened`` is set exactly for the files in the table; ``_idle`` holds those of them without pins;
     ``_closing`` the inos whose CLOSE is on its way, which are in the table no more; ``_opening`` counts the OPENs on
     their way. An ino is never in ``_closing`` and ``_opening`` at once. ``made`` has the inos of names created here, as
-    long as they are registered: a rename then finds the inode without asking.
+    long as they are registered: a rename then finds the inode without asking. ``_doubted`` are inos of which it is not
+    known whether they are registered.
     """
 
     def __init__(self, inodes: InodeTable) -> None:
@@ -170,6 +173,7 @@ class OpenFiles:
         self._idle: dict[int, OpenFile] = {}
         self._closing: dict[int, trio.Event] = {}
         self._opening: dict[int, int] = {}
+        self._doubted: dict[int, None] = {}
         self._many_idle = trio.Event()
 
     def __len__(self) -> int:
@@ -211,10 +215,21 @@ class OpenFiles:
         self._opening[ino] = self._opening.get(ino, 0) + 1
         try:
             yield
+        except DfsError as error:
+            if error.code in UNKNOWN_OUTCOME:
+                self.doubt(ino)
+            raise
+        except trio.Cancelled:
+            self.doubt(ino)
+            raise
         finally:
             self._opening[ino] -= 1
             if self._opening[ino] == 0:
                 del self._opening[ino]
+
+    def doubt(self, ino: int) -> None:
+        """It may be registered although it is not open here: it is deregistered with those that are idle."""
+        self._doubted[ino] = None
 
     def opened(self) -> list[Opened]:
         """What the metaserver has to know about after a reconnection."""
@@ -228,6 +243,11 @@ class OpenFiles:
         for ino in inos:
             self._closing[ino] = event
             self._remove(self._idle.pop(ino))
+        for ino in [ino for ino in self._doubted if ino not in self._opening and ino not in self._closing]:
+            del self._doubted[ino]
+            if ino not in self._files:
+                self._closing[ino] = event
+                inos.append(ino)
         return inos
 
     def _remove(self, file: OpenFile) -> None:

@@ -147,15 +147,20 @@ class Vfs:
             self.core.inodes.trim()
 
     async def _close_now(self) -> None:
-        """Deregisters what is idle. A failure is logged only: the session's end deregisters everything."""
+        """Deregisters what is idle. What may not have been carried out is asked for again the next time."""
         core = self.core
-        while inos := core.files.take_idle() + core.fresh.take_over():
+        failed = False
+        while not failed and (inos := core.files.take_idle() + core.fresh.take_over()):
             try:
                 await core.remote.close(inos)
             except DfsError as error:
                 log.warning("could not tell the metaserver what was closed", inodes=len(inos), error=str(error))
+                failed = True
             finally:
                 core.files.closed(inos)
+            if failed:
+                for ino in inos:
+                    core.files.doubt(ino)
 
     # -- what the metaserver's client asks and tells; see metaserver.client.Hooks ---------------------------------
 

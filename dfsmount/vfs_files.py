@@ -3,14 +3,17 @@
 import os
 
 import msgspec
+import structlog
 
 from dfsmount.filestate import FileState
-from dfsmount.handles import FileHandle, OpenFile
+from dfsmount.handles import UNKNOWN_OUTCOME, FileHandle, OpenFile
 from dfsmount.inodes import Inode
 from dfsmount.vfs_core import Core, Shown
 from dfsmount.vfs_names import Caller
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import Entry, Make, SetAttributes
+
+log = structlog.get_logger(__name__)
 
 # O_SYNC includes the bit of O_DSYNC.
 _DURABLE = os.O_DSYNC
@@ -65,7 +68,12 @@ class Files:
         core = self._core
         asked_at = core.inodes.now()
         request = Make(parent, name, mode, caller.uid, caller.gid, open=True, exclusive=bool(flags & os.O_EXCL))
-        made = await core.make(request)
+        try:
+            made = await core.make(request)
+        except DfsError as error:
+            if error.code in UNKNOWN_OUTCOME:
+                core.jobs.start(self._doubt_made, parent, name)
+            raise
         if not made.created:
             return await self._open_existing(made.entry, flags)
         inode = core.inodes.changed(made.entry.attributes, asked_at)
@@ -74,6 +82,15 @@ class Files:
         inode.kernel_version = made.entry.attributes.data_version
         inode.lookups += 1
         return self._hand_out(file, flags, True), core.show(inode)
+
+    async def _doubt_made(self, parent: int, name: bytes) -> None:
+        """The answer to a create did not come in time. If it has happened, the metaserver has the file as open here."""
+        try:
+            entry = await self._core.remote.lookup(parent, name)
+        except DfsError as error:
+            log.info("nothing was made after all, or it cannot be told", error=str(error))
+        else:
+            self._core.files.doubt(entry.attributes.ino)
 
     async def _open_existing(self, entry: Entry, flags: int) -> tuple[Opened, Shown]:
         """Another session was faster to create it."""

@@ -38,6 +38,9 @@ RESEND_PAGE_BYTES = 512 << 10
 DECLARE_PAGE = 10_000
 # Above this many changes that are not durable yet, new ones wait for the disk: bounds what is kept for resending.
 MAX_UNDURABLE = 20_000
+# And so many bytes of them: well below what the metaserver takes from one returning session (256 MiB), with room for
+# what is under way. Only commits are large.
+MAX_UNDURABLE_BYTES = 64 << 20
 # The errors of the handshake that no retry mends.
 HOPELESS = frozenset({ErrorCode.WRONG_VERSION, ErrorCode.WRONG_CLUSTER, ErrorCode.BAD_KEY, ErrorCode.WRONG_ROLE})
 # Two clocks that NTP keeps drift by less than 50 us in this time.
@@ -108,9 +111,9 @@ class RemoteClock:
 
 class Change(Generic[ReplyT]):
     """A change that was sent and is not known to be durable; ``answer`` None: not answered yet. Whoever asked for it
-    gives it up at ``deadline`` (trio's clock)."""
+    gives it up at ``deadline`` (trio's clock). ``size`` is about what it takes to send it again, in bytes."""
 
-    __slots__ = ("answer", "deadline", "epoch", "error", "message", "method", "operation", "settled")
+    __slots__ = ("answer", "deadline", "epoch", "error", "message", "method", "operation", "settled", "size")
 
     def __init__(self, operation: int, method: Method[Any, ReplyT], message: Any, epoch: int, deadline: float) -> None:
         self.operation = operation
@@ -118,6 +121,7 @@ class Change(Generic[ReplyT]):
         self.message = message
         self.epoch = epoch
         self.deadline = deadline
+        self.size = _size_of(message)
         self.answer: wire.Response[ReplyT] | None = None
         self.error: DfsError | None = None
         self.settled: trio.Event | None = None
@@ -133,8 +137,8 @@ class MetaClient:
     """A session. Use :func:`open_meta`.
 
     Invariants: an operation is in ``_changes`` from the moment it is sent until it is durable, failed or withdrawn;
-    ``_answered`` holds those of them that have an answer, in the order of arrival; ``acknowledged`` is the largest
-    number such that no operation up to it is without an outcome.
+    ``_kept_bytes`` is the sum of their sizes; ``_answered`` holds those of them that have an answer, in the order of
+    arrival; ``acknowledged`` is the largest number such that no operation up to it is without an outcome.
     """
 
     def __init__(
@@ -173,6 +177,7 @@ class MetaClient:
         self._ready = trio.Event()
         self._next_operation = 0
         self._changes: dict[int, Change[Any]] = {}
+        self._kept_bytes = 0
         self._unanswered: set[int] = set()
         self._answered: deque[Change[Any]] = deque()
         self._withdrawn: list[int] = []
@@ -199,7 +204,7 @@ class MetaClient:
         """
         deadline = trio.current_time() + timeout
         if method.number in protocol.CHANGES:
-            if len(self._changes) > MAX_UNDURABLE:
+            if len(self._changes) > MAX_UNDURABLE or self._kept_bytes > MAX_UNDURABLE_BYTES:
                 await self.sync()
             return (await self._change(method, message, deadline, trace_id)).message
         while True:
@@ -226,7 +231,7 @@ class MetaClient:
         """:meth:`call` for one of ``protocol.CHANGES``, with the envelope of the answer: ``time_ns`` is the time that
         the metaserver has given the change, which is that of the inodes it touched."""
         deadline = trio.current_time() + timeout
-        if len(self._changes) > MAX_UNDURABLE:
+        if len(self._changes) > MAX_UNDURABLE or self._kept_bytes > MAX_UNDURABLE_BYTES:
             await self.sync()
         return await self._change(method, message, deadline, 0)
 
@@ -292,6 +297,7 @@ class MetaClient:
                 await self._pause(deadline)
                 continue
             self._changes[change.operation] = change
+            self._kept_bytes += change.size
             self._unanswered.add(change.operation)
             pending.watch(lambda answer, change=change: self._answer(change, answer.response))  # type: ignore[misc]
             try:
@@ -369,10 +375,15 @@ class MetaClient:
             self.durable = response.durable
             answered = self._answered
             while answered and answered[0].answer.number <= self.durable:  # type: ignore[union-attr]
-                self._changes.pop(answered.popleft().operation, None)
+                self._forget(answered.popleft().operation)
+
+    def _forget(self, operation: int) -> None:
+        change = self._changes.pop(operation, None)
+        if change is not None:
+            self._kept_bytes -= change.size
 
     def _drop(self, change: Change[Any]) -> None:
-        self._changes.pop(change.operation, None)
+        self._forget(change.operation)
         self._unanswered.discard(change.operation)
 
     def _withdraw(self, change: Change[Any]) -> None:
@@ -505,7 +516,12 @@ class MetaClient:
             await connection.call(protocol.DECLARE, page, timeout=RESUME_SECONDS)
         again = self._to_resend(survived)
         for page_of in _pages(again):
-            await connection.call(protocol.RESEND, protocol.Resend(page_of), timeout=RESUME_SECONDS)
+            try:
+                await connection.call(protocol.RESEND, protocol.Resend(page_of), timeout=RESUME_SECONDS)
+            except DfsError as error:
+                if error.code is ErrorCode.INVALID:
+                    self._cannot_return(error)
+                raise
         more = True
         while more:
             answer = await connection.call(protocol.RESUME_DONE, protocol.ResumeDone(), timeout=RESUME_SECONDS)
@@ -514,13 +530,21 @@ class MetaClient:
             more = answer.message.more
         self._withdrawn = [operation for operation in self._withdrawn if operation not in withdrawn]
 
+    def _cannot_return(self, error: DfsError) -> None:
+        """The metaserver does not take what is to be done again, and never will: better a new session than none."""
+        log.error(
+            "this mount cannot resume its session: unwritten data is lost", session=self.session, error=str(error)
+        )
+        self._fail_everything()
+        self.session = 0
+
     def _to_resend(self, survived: dict[int, int]) -> list[protocol.Lost]:
         """The changes to send again, in order; forgets those that survived the metaserver's crash."""
         again = []
         for change in sorted(self._changes.values(), key=lambda change: change.operation):
             answer = change.answer
             if answer is not None and change.epoch != self.epoch and answer.number <= survived.get(change.epoch, -1):
-                self._changes.pop(change.operation)
+                self._forget(change.operation)
             elif answer is None or change.epoch != self.epoch:
                 again.append(
                     protocol.Lost(
@@ -548,7 +572,7 @@ class MetaClient:
             change.settled.set()
 
     def _fail_everything(self) -> None:
-        changes, self._changes = self._changes, {}
+        changes, self._changes, self._kept_bytes = self._changes, {}, 0
         self._unanswered.clear()
         self._answered.clear()
         for change in changes.values():
@@ -612,6 +636,13 @@ class MetaClient:
         await self._hooks.on_flush(request.inos)
         connection.push(protocol.FLUSHED, protocol.Flushed(request.ticket))
         return Reply(wire.Empty())
+
+
+def _size_of(message: Any) -> int:
+    """About as many bytes as the request has, quickly."""
+    if isinstance(message, protocol.Commit):
+        return 300 + sum(64 + 40 * len(file.extents) for file in message.files)
+    return 300
 
 
 def _pages(changes: list[protocol.Lost]) -> list[tuple[protocol.Lost, ...]]:

@@ -114,6 +114,8 @@ def test_a_chunkserver_is_slow_in_the_middle_of_a_write(own_cluster: RealCluster
             name, port = f"chunkserver{number}", own_cluster.wanted.chunkserver_port(number)
             proxies[name] = stack.enter_context(proxying(Proxy(ELSEWHERE, port, HOST)))
             own_cluster.restart(name, advertise=ELSEWHERE)
+        # The old mount remembers that they were all away a moment ago.
+        own_cluster.remount()
         appender = Appender(path)
         appender.until(0.5)
         victim = sorted(servers_of(own_cluster, path))[0]

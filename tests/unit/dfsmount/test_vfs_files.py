@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,8 @@ from vfs_harness import ME, Plant, TestMount, code_of, open_plant
 from dfsmount import handles
 from dfsmount.vfs_core import VfsOptions
 from metaserver.errors import DfsError, ErrorCode
+from metaserver.protocol import Entry, Made, Make
+from metaserver.wire import Response
 
 RDONLY, RDWR = os.O_RDONLY, os.O_RDWR
 
@@ -512,3 +514,47 @@ async def test_rename_and_link_tell_what_was_lost_when_nobody_had_it_open(a: Tes
                 assert attempt == 1
             except DfsError as error:
                 assert (attempt, error.code) == (0, ErrorCode.IO)
+
+
+# -- registrations whose answer never came -------------------------------------------------------------------------
+
+
+async def test_an_open_whose_answer_did_not_come_is_deregistered(
+    plant: Plant, a: TestMount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise everybody who looks at the file asks this mount for its unwritten data, for ever."""
+    ino, handle = await a.create(b"f")
+    await a.close(handle)
+    await eventually(lambda: not openers(plant, ino))
+    remote = a.core.remote
+    ask_open, ask_make, ask_close = remote.open, remote.make, remote.close
+    closes = 0
+
+    async def open_late(ino: int, *, writing: bool) -> Entry:
+        await ask_open(ino, writing=writing)
+        raise DfsError(ErrorCode.TIMEOUT)
+
+    async def make_late(request: Make) -> Response[Made]:
+        await ask_make(request)
+        raise DfsError(ErrorCode.TIMEOUT)
+
+    async def close_late(inos: Sequence[int]) -> None:
+        nonlocal closes
+        closes += 1
+        if closes == 1:
+            raise DfsError(ErrorCode.TIMEOUT)
+        await ask_close(inos)
+
+    monkeypatch.setattr(remote, "open", open_late)
+    monkeypatch.setattr(remote, "make", make_late)
+    monkeypatch.setattr(remote, "close", close_late)
+    with pytest.raises(DfsError):
+        await a.files.open(ino, RDWR)
+    assert openers(plant, ino) == {a.meta.session: True}
+    await eventually(lambda: not openers(plant, ino))
+    assert closes == 2
+    with pytest.raises(DfsError):
+        await a.create(b"g")
+    made = (await remote.lookup(a.root, b"g")).attributes.ino
+    assert openers(plant, made) == {a.meta.session: True}
+    await eventually(lambda: not openers(plant, made))

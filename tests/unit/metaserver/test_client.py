@@ -32,6 +32,7 @@ class Script:
         self.resent: list[tuple[int, Any]] = []
         self.declared: list[protocol.Declare] = []
         self.refuse_resent: set[int] = set()
+        self.refusing_resends = False
         self.drop_before_answer = 0
         self.connections: list[Connection] = []
         self.flushed_arrived = trio.Event()
@@ -72,6 +73,8 @@ class Script:
         return self.reply(wire.Empty())
 
     def resend(self, connection: Connection, request: Any) -> Result:
+        if self.refusing_resends:
+            raise DfsError(ErrorCode.INVALID, "too much to do again")
         for change in request.message.changes:
             self.resent.append((change.operation, METHODS[change.method].decode_request(change.request)))
         return self.reply(wire.Empty())
@@ -374,3 +377,33 @@ async def test_a_remote_clock_is_never_ahead_although_it_is_set() -> None:
     assert clock.now_ns() == there + 1_000_000
     clock.forget()
     assert not clock.known
+
+
+async def test_a_session_that_cannot_be_resumed_is_lost_once_not_for_ever() -> None:
+    script = Script()
+    async with a_world(script) as world:
+        await world.make()
+        first = world.meta.session
+        script.refusing_resends, script.epoch = True, 2
+        world.cut()
+        with pytest.raises(DfsError, match="the session has ended"):
+            await world.make(b"g")
+        await world.make(b"h")
+        assert world.meta.session != first
+        assert world.events == [("new session", 0)]
+        with pytest.raises(DfsError, match="lost in a crash") as error:
+            await world.meta.sync()
+        assert error.value.code is ErrorCode.IO
+        await world.meta.sync()
+
+
+async def test_what_is_kept_for_sending_it_again_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "MAX_UNDURABLE_BYTES", 1000)
+    script = Script()
+    async with a_world(script) as world:
+        for number in range(20):
+            await world.make(b"%d" % number)
+            assert world.meta._kept_bytes == 300 * len(world.meta._changes) <= 1500
+        await world.meta.sync()
+        await world.meta.call(protocol.GET_ATTRIBUTES, protocol.GetAttributes(1))
+        assert world.meta._kept_bytes == 0
