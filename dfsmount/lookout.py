@@ -26,8 +26,8 @@ log = structlog.get_logger(__name__)
 TICK_SECONDS = 0.25
 # An append usually takes milliseconds; a full window over a slow network, a second.
 LATE_SECONDS = 0.25
-# How many servers that have nothing to do with it are pinged for comparison if all of a chunk are silent, how often
-# they are looked up, and how long that may take.
+# How many servers that have nothing to do with it are pinged for comparison if there are no others, or all are silent,
+# and how often they are looked up.
 BYSTANDERS = 3
 LOOK_UP_SECONDS = 5.0
 
@@ -66,8 +66,9 @@ class Lookout:
         if not late:
             return
         concerned = {peer.server: peer for lane in late for peer in lane.waits_for()}
-        readings = self._read([*concerned.values(), *self._others()])
-        if readings and not any(reading.answers for reading in readings.values()):
+        known = {peer.server: peer for peer in [*concerned.values(), *self._others()]}
+        readings = self._read(known.values())
+        if len(known) < 2 or (readings and not any(reading.answers for reading in readings.values())):
             readings |= self._read(await self._find_bystanders(concerned, now))
         verdict = judge(readings)
         if verdict.mute or verdict.slow:

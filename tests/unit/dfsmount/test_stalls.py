@@ -171,6 +171,18 @@ async def test_a_slow_server_is_better_than_a_copy_less(autojump_clock: trio.tes
         assert len(bench.meta.sealed) <= 2
 
 
+async def test_the_only_server_of_a_chunk_becomes_slow(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_bench(servers=3, copies=1) as bench:
+        stream = Stream(bench)
+        for _ in range(20):
+            await stream.once()
+        [slow] = chunk_servers(bench)
+        bench.pool.servers[slow].request_seconds = 0.5
+        await stream.until_normal()
+        assert stream.stalled < LONGEST_STALL_SECONDS
+        assert chunk_servers(bench) != (slow,)
+
+
 async def test_a_disk_hangs(autojump_clock: trio.testing.MockClock) -> None:
     """Its server answers pings, and says how long its disk has been at it."""
     async with open_bench(servers=3) as bench:
