@@ -71,10 +71,29 @@ def troubles(status: Status) -> list[str]:
         found.append(f"{count_text(status.chunks.too_few, 'chunk')} with fewer copies than wanted")
     if up and len(up) < status.copies:
         found.append(f"{status.copies} copies are wanted but only {count_text(len(up), 'chunkserver')} can take them")
-    if status.total and status.free * 20 < status.total:
-        found.append(f"nearly full: {bytes_text(status.free)} of {bytes_text(status.total)} free")
+    found += space_troubles(status)
     if status.window_open:
         found.append("the metaserver has just started and waits for its mounts to return")
+    return found
+
+
+def space_troubles(status: Status) -> list[str]:
+    """What is full, and what helps."""
+    found = []
+    if status.metaserver_full:
+        found.append("the metaserver's disk is full: files can only be deleted until something on it is removed")
+    if status.unprotected:
+        found.append("the metadata could not be rebuilt now: make space for a snapshot on the metaserver's disk")
+    broken = [server.name for server in status.servers if server.disk_state == "FAILED"]
+    found += [f"the disk of {name} has failed: look at its log and replace it" for name in broken]
+    full = [server.name for server in status.servers if server.disk_state == "FULL" and server.state == "UP"]
+    if status.total and status.free * 500 < status.total:
+        found.append("full: nothing can be written; delete files or add chunkservers")
+    elif status.total and status.free * 20 < status.total:
+        free = f"{bytes_text(status.free)} of {bytes_text(status.total)} free"
+        found.append(f"nearly full: {free}; delete files or add chunkservers")
+    elif full:
+        found.append(f"{', '.join(full)} full: new data goes elsewhere; `dfs rebalance` evens it out")
     return found
 
 

@@ -34,11 +34,16 @@ class ServiceMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         service, committer = self._service, self._service.committer
+        space = service.members.space(service.config.copies)
         gauges = {
             "epoch": ("Life of the metaserver", committer.epoch),
             "change_number": ("Newest change", committer.newest),
             "durable_number": ("Newest change on stable storage", committer.durable),
             "read_only": ("1 if nothing can be changed", int(bool(service.changes.refusing))),
+            "disk_full": ("1 if only what frees space is accepted", int(committer.is_full)),
+            "unprotected": ("1 if the store could not be rebuilt now", int(bool(committer.log.recycled))),
+            "total_bytes": ("What can be stored at the usual number of copies", space[0]),
+            "free_bytes": ("What can be written now, at the usual number of copies", space[1]),
             "window_open": ("1 while the reconnect window is open", int(service.resuming.window.open)),
             "sessions": ("Mounted clients", len(service.sessions.by_id)),
             "open_chunks": ("Chunks being written", len(service.members.open_chunks)),
@@ -82,11 +87,17 @@ class ServiceMetrics(Collector):
     def _servers(self) -> Iterable[Metric]:
         up = GaugeMetricFamily("metaserver_chunkserver_up", "1 if the server is up", labels=["server", "name"])
         free = GaugeMetricFamily("metaserver_chunkserver_free_bytes", "Bytes free there", labels=["server", "name"])
+        held = GaugeMetricFamily(
+            "metaserver_chunkserver_reserved_bytes", "Kept for chunks being written", labels=["server", "name"]
+        )
+        good = GaugeMetricFamily("metaserver_chunkserver_disk_ok", "1 unless full or failed", labels=["server", "name"])
         for server in self._status.servers():
             labels = [str(server.server), server.name]
             up.add_metric(labels, float(server.state in ("UP", "DRAINING")))
             free.add_metric(labels, server.free)
-        return [up, free]
+            held.add_metric(labels, server.reserved)
+            good.add_metric(labels, float(server.disk_state in ("", "OK")))
+        return [up, free, held, good]
 
 
 def make_app(

@@ -922,6 +922,10 @@ class Status(Json):
     # Trees that are being given another number of copies.
     setting_copies: int = 0
     cleaner: CleanerStatus = msgspec.field(default_factory=CleanerStatus)
+    # The metaserver's own disk is full: only what frees space goes on. ``unprotected``: its store cannot be rebuilt
+    # from snapshot and changelog until a snapshot file can be made.
+    metaserver_full: bool = False
+    unprotected: bool = False
 
 
 class Draining(Json):

@@ -102,6 +102,8 @@ class StatusReader:
             self._balancer.status(),
             self._tasks.count(TaskKind.SET_COPIES),
             cleaner=self.cleaner(),
+            metaserver_full=self._committer.is_full,
+            unprotected=bool(self._committer.log.recycled),
         )
 
     def cleaner(self) -> CleanerStatus:

@@ -70,7 +70,10 @@ def test_all_is_well() -> None:
         ({"servers": [server(1)]}, "2 copies are wanted but only 1 chunkserver can take them"),
         ({"chunks": ChunkHealth(8, 7, 1, 0, 0, 0)}, "1 chunk with fewer copies than wanted"),
         ({"chunks": ChunkHealth(8, 7, 0, 1, 0, 0)}, "DATA IS MISSING: 1 chunk without a good copy"),
-        ({"free": 49}, "nearly full: 49 B of 1000 B free"),
+        ({"free": 49}, "nearly full: 49 B of 1000 B free; delete files or add chunkservers"),
+        ({"free": 1}, "full: nothing can be written; delete files or add chunkservers"),
+        ({"metaserver_full": True}, "the metaserver's disk is full: files can only be deleted until something on it"),
+        ({"unprotected": True}, "the metadata could not be rebuilt now"),
         ({"window_open": True}, "waits for its mounts to return"),
     ],
 )
