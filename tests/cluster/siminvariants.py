@@ -13,10 +13,12 @@ from chunkserver import check as chunk_check
 from chunkserver import recovery
 from chunkserver.chunkfile import PAYLOAD_OFFSET, chunk_path
 from metaserver.protocol import ChunkState, ReplicaState
-from metaserver.schema import ExtentRow, Table, read_u64
+from metaserver.schema import Chunk, ExtentRow, Replica, Table, read_u64
 
 # Until everything is copied, deleted and sealed again once all is healed.
 REST_SECONDS = 120.0
+
+Rows = dict[int, tuple[Chunk, dict[int, Replica]]]
 
 
 async def check_at_rest(cluster: Cluster) -> None:
@@ -73,7 +75,8 @@ def unrest(cluster: Cluster) -> list[str]:
     gone = set(parts.sessions.by_id) - live
     if gone:
         found.append(f"sessions {sorted(gone)}")
-    for chunk, (row, replicas) in cluster.chunk_rows().items():
+    rows = cluster.chunk_rows()
+    for chunk, (row, replicas) in rows.items():
         states = {server: ReplicaState(replica.state).name for server, replica in replicas.items()}
         if row.state == ChunkState.DEAD:
             found.append(f"chunk {chunk:x} is dead: {states}")
@@ -82,6 +85,18 @@ def unrest(cluster: Cluster) -> list[str]:
             good = [server for server, state in states.items() if state == "GOOD"]
             if len(good) != wanted or len(states) != wanted:
                 found.append(f"chunk {chunk:x} has {states}, {wanted} wanted")
+    return found or unwanted(cluster, rows)
+
+
+def unwanted(cluster: Cluster, rows: Rows) -> list[str]:
+    """Files on disks without a row."""
+    found = []
+    for chunk in cluster.chunks:
+        for path, directory in chunk.storage.directories.items():
+            for name in directory.names if path.startswith("chunks/") else ():
+                number = int(name.split(".")[0], 16)
+                if chunk.number not in rows.get(number, (None, {}))[1]:
+                    found.append(f"{chunk.name} keeps {path}/{name}")
     return found
 
 
@@ -98,17 +113,11 @@ def disk_of(chunk: ChunkNode) -> SimDisk:
 
 
 async def _check_disks(cluster: Cluster) -> None:
-    """Each file on a disk has its row, and is whole."""
-    rows = cluster.chunk_rows()
+    """Each file on a disk is whole."""
     for chunk in cluster.chunks:
         report = chunk_check.check_disk(disk_of(chunk), power_cut=True)
         for problem in report.problems:
             cluster.trace.violation(f"{chunk.name} check: {problem.key}: {problem.text}")
-        for path in sorted(chunk.storage.directories):
-            for name in chunk.storage.directories[path].names if path.startswith("chunks/") else ():
-                number = int(name.split(".")[0], 16)
-                if chunk.number not in rows.get(number, (None, {}))[1]:
-                    cluster.trace.violation(f"{chunk.name} keeps {path}/{name}, which nobody wants")
 
 
 async def _check_replicas(cluster: Cluster) -> None:
