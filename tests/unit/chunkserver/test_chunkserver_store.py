@@ -169,6 +169,24 @@ async def test_what_appends_have_begun_is_reported_after_a_while(start_node: Sta
             assert [report.chunk for report in a.node.outbox.parcel().changes] == [CHUNK]
 
 
+@pytest.mark.parametrize(("call", "when"), [("truncate", 0), ("write", 0), ("write", 1)])
+async def test_full_disk_puts_a_seal_off(start_node: StartNode, pool: Pool, call: str, when: int) -> None:
+    """With all disks full, all replicas of a chunk would be given up otherwise."""
+    async with start_node(wrap=FaultyDisk) as a:
+        writer = Writer(CHUNK)
+        await writer.send(pool, a.peer, os.urandom(100_000), sync=True)
+        point = writer.offset, writer.index, writer.chain
+        await writer.send(pool, a.peer, os.urandom(1000))
+        faulty(a).faults[call] = [*[None] * when, errno.ENOSPC]
+        await refused(ErrorCode.DISK_FULL, a.store.seal(CHUNK, *point))
+        assert a.store.table.get(CHUNK).state is ReplicaState.OPEN
+        assert not a.store.table.get(CHUNK).error
+        await refused(ErrorCode.CHUNK_SEALED, writer.send(pool, a.peer, b"x"))
+        assert (await pool.read(a.peer, CHUNK, 0, 10)).entries
+        await a.store.seal(CHUNK, *point)
+        assert a.store.table.get(CHUNK).state is ReplicaState.SEALED
+
+
 async def test_full_disk_refuses_one_append_and_keeps_the_replica(start_node: StartNode, pool: Pool) -> None:
     async with start_node(wrap=FaultyDisk) as a:
         writer = Writer(CHUNK)
