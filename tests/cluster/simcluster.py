@@ -6,6 +6,7 @@ from random import Random
 
 import trio
 from determinism import Freezer
+from siminspect import check_unlink
 from simmodel import Model
 from simnet import Clockwork, SimNet
 from simnodes import META, ChunkNode, ClientNode, MetaNode, SimNode, World, scratch
@@ -13,11 +14,16 @@ from simtrace import Trace
 from simwork import Program
 
 from metaserver.config import Config
+from metaserver.errors import ErrorCode
 from metaserver.protocol import ReplicaState
 from metaserver.schema import Chunk, Replica, Table, parse_replica_key
 
 # How long after trouble an operation may still fail or be slow because of it.
 EXCUSED_SECONDS = 45.0
+# How severe trouble is: MINOR is no excuse (one chunkserver of enough), FULL only for ENOSPC.
+MINOR, FULL, HARD = 0, 1, 2
+# What a program may wait for while there is no more than minor trouble (issue 4: five seconds of stall), and a bit.
+STALL_SECONDS = 6.0
 
 
 class Plan:
@@ -33,6 +39,8 @@ class Plan:
         # Seconds between two operations of a program, on average.
         self.pace = random.choice((0.05, 0.2, 1.0) if big else (0.1, 0.4, 1.0))
         self.sabotage = sabotage
+        # Only one chunkserver ever is in trouble, and there are enough others: nobody may notice but by waiting.
+        self.minor = self.servers > max(self.copies, self.min_copies) and random.random() < 0.4
 
 
 class Cluster:
@@ -71,7 +79,10 @@ class Cluster:
         self.chunks = [ChunkNode(self.world, number, self.meta) for number in range(1, plan.servers + 1)]
         self.clients = [ClientNode(self.world, number) for number in range(1, plan.clients + 1)]
         self.meta_cuts = 0
-        self._trouble: dict[str, float] = {}
+        self.lost_servers: list[int] = []
+        self.victim = self.random.choice(self.chunks)
+        self.world.on_unlink = lambda number, path: check_unlink(self, number, path)
+        self._trouble: dict[str, tuple[float, int]] = {}
         self._frozen_at: dict[str, float] = {}
         programs = Random(f"{seed} programs")
         self.programs = [
@@ -120,18 +131,27 @@ class Cluster:
 
     # -- trouble -------------------------------------------------------------------------------------------------
 
-    def note_trouble(self, what: str) -> None:
-        self._trouble[what] = float("inf")
+    def note_trouble(self, what: str, severity: int = HARD) -> None:
+        self._trouble[what] = (float("inf"), MINOR if self.plan.minor else severity)
 
     def end_trouble(self, what: str) -> None:
-        self._trouble[what] = trio.current_time()
+        self._trouble[what] = (trio.current_time(), self._trouble[what][1])
 
-    def excused(self, started: float) -> str:
-        """Why an operation that began then may fail."""
-        for what, ended in self._trouble.items():
-            if ended + EXCUSED_SECONDS > started:
+    def excused(self, started: float, code: ErrorCode) -> str:
+        """Why an operation that began then (0: ever) may fail like this."""
+        least = FULL if code is ErrorCode.NO_SPACE else HARD
+        for what, (ended, severity) in self._trouble.items():
+            if severity >= least and (ended + EXCUSED_SECONDS > started or not started):
                 return what
         return ""
+
+    def pick(self) -> ChunkNode:
+        """A chunkserver to befall."""
+        return self.victim if self.plan.minor else self.random.choice(self.chunks)
+
+    def pick_any(self) -> SimNode:
+        """Any node to befall."""
+        return self.victim if self.plan.minor else self.random.choice(self.nodes)
 
     async def kill(self, node: SimNode) -> None:
         self.thaw(node)
@@ -160,6 +180,20 @@ class Cluster:
             node.frozen_seconds += trio.current_time() - since
             self.freezer.thaw(node.name)
 
+    async def lose(self, node: ChunkNode) -> None:
+        """It is gone, and its disk with it."""
+        self.trace.add(f"LOSE {node.name}")
+        await self.kill(node)
+        self.chunks.remove(node)
+        self.lost_servers.append(node.number)
+
+    async def join(self) -> None:
+        """A new chunkserver."""
+        number = max([chunk.number for chunk in self.chunks] + self.lost_servers) + 1
+        node = ChunkNode(self.world, number, self.meta)
+        self.chunks.append(node)
+        await node.start()
+
     async def heal(self) -> None:
         """Ends all trouble and starts what does not run."""
         self.trace.add("HEAL")
@@ -168,6 +202,9 @@ class Cluster:
         self.world.slow_disk.clear()
         for chunk in self.chunks:
             chunk.storage.faults.clear()
+            chunk.storage.capacity = chunk.capacity
+            chunk.steps_left = chunk.crash_keep = None
+        self.meta.failing.clear()
         for node in self.nodes:
             self.thaw(node)
             await self.restart(node)
@@ -176,6 +213,14 @@ class Cluster:
                 # A failed disk is looked at again by a restart only.
                 await self.kill(chunk)
                 await self.restart(chunk)
+        await self._scrub()
+
+    async def _scrub(self) -> None:
+        """Finds whatever rot there is."""
+        await self.until(lambda: all(chunk.serving for chunk in self.chunks), 30.0, "all chunkservers run")
+        for chunk in self.chunks:
+            if chunk.serving is not None:
+                chunk.serving.scrubber.ask()
 
     # -- what the metaserver knows -------------------------------------------------------------------------------
 

@@ -156,6 +156,7 @@ class SimStorage:
         self.faults: dict[str, float] = {}
         self.on_unlink: Callable[[str], None] = lambda path: None
         self.ignore_syncs = False
+        self.copy_on_write = random.random() < 0.5
         self.syncs = 0
 
     def directory(self, path: str) -> Directory:
@@ -166,6 +167,17 @@ class SimStorage:
 
     def used(self) -> int:
         return sum(len(inode.pages) for inode in self.inodes()) * PAGE
+
+    def rot(self, path: str, random: Random) -> int:
+        """Flips a bit of a file where it has something; the offset."""
+        parent, _, name = path.rpartition("/")
+        inode = self.directory(parent).names[name]
+        number = random.choice(sorted(inode.pages))
+        at = random.randrange(min(PAGE, inode.size - number * PAGE))
+        inode.pages[number][at] ^= 1 << random.randrange(8)
+        if number in inode.synced:
+            inode.synced[number] = bytes(inode.pages[number])
+        return number * PAGE + at
 
     def inodes(self) -> list[Inode]:
         return [inode for directory in self.directories.values() for inode in directory.names.values()]
@@ -202,7 +214,7 @@ class SimFile:
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
         data = b"".join(buffers)
         self._disk.meet("write")
-        self._disk.take_space(len(data))
+        self._disk.take_space(self.inode, len(data), offset)
         self.inode.write(data, offset)
 
     def read(self, length: int, offset: int) -> bytes:
@@ -242,7 +254,11 @@ class SimFile:
 class SimDisk:
     """A ``disk.Disk``, of one process."""
 
-    def __init__(self, storage: SimStorage, on_step: Callable[[str], None] = lambda name: None) -> None:
+    def __init__(
+        self, storage: SimStorage, on_step: Callable[[str], None] = lambda name: None, *, sound: bool = False
+    ) -> None:
+        """``sound``: for looking at what is there, whatever faults the disk has."""
+        self._sound = sound
         self.storage = storage
         self.root = f"/{storage.name}"
         self.alive = True
@@ -257,11 +273,17 @@ class SimDisk:
     def meet(self, call: str) -> None:
         self.attached()
         chance = self.storage.faults.get(call)
-        if chance is not None and self.storage.random.random() < chance:
+        if chance is not None and not self._sound and self.storage.random.random() < chance:
             raise failure(errno.EIO)
 
-    def take_space(self, length: int) -> None:
-        if self.storage.capacity < 1 << 30 and self.storage.used() + length > self.storage.capacity:
+    def take_space(self, inode: Inode, length: int, offset: int) -> None:
+        """ENOSPC if the disk is full. Some file systems want room for what is overwritten, too."""
+        storage = self.storage
+        if storage.capacity >= 1 << 30:
+            return
+        first, last = offset // PAGE, (offset + length - 1) // PAGE
+        pages = sum(storage.copy_on_write or number not in inode.pages for number in range(first, last + 1))
+        if storage.used() + pages * PAGE > storage.capacity:
             raise failure(errno.ENOSPC)
 
     def step(self, name: str) -> None:
@@ -279,7 +301,6 @@ class SimDisk:
 
     def create(self, path: str) -> SimFile:
         self.meet("create")
-        self.take_space(0)
         parent, _, name = path.rpartition("/")
         directory = self.storage.directory(parent)
         if name in directory.names:

@@ -3,8 +3,9 @@
 from uuid import UUID
 
 import trio
-from simcluster import Cluster
+from simcluster import STALL_SECONDS, Cluster
 from simdisk import SimDisk
+from siminspect import disk_of
 from simmodel import FileModel
 from simnodes import CLUSTER, ChunkNode
 from simtrace import Violation
@@ -24,6 +25,10 @@ Rows = dict[int, tuple[Chunk, dict[int, Replica]]]
 async def check_at_rest(cluster: Cluster) -> None:
     """Everything that a healthy cluster promises; what does not hold goes into the trace."""
     trace = cluster.trace
+    if cluster.plan.minor:
+        for program in cluster.programs:
+            if program.longest > STALL_SECONDS:
+                trace.violation(f"{program.name} had to wait for {program.longest:.1f} s")
     await _guarded(cluster, _finish_programs)
     if trace.violations:
         return
@@ -65,6 +70,11 @@ def unrest(cluster: Cluster) -> list[str]:
         return ["no metaserver"]
     found = []
     up = [server for server, member in parts.members.by_id.items() if member.up]
+    for each in cluster.chunks:
+        running = each.node.running if each.node is not None else None
+        scrub = running.scrubber.report() if running is not None else None
+        if scrub is None or scrub.running or scrub.asked > scrub.completed:
+            found.append(f"{each.name} scrubs")
     if len(up) < len(cluster.chunks):
         found.append(f"up: {up}")
     if len(parts.repair):
@@ -77,8 +87,12 @@ def unrest(cluster: Cluster) -> list[str]:
         found.append(f"sessions {sorted(gone)}")
     rows = cluster.chunk_rows()
     for chunk, (row, replicas) in rows.items():
-        states = {server: ReplicaState(replica.state).name for server, replica in replicas.items()}
-        if row.state == ChunkState.DEAD:
+        states = {
+            server: ReplicaState(replica.state).name
+            for server, replica in replicas.items()
+            if server not in cluster.lost_servers
+        }
+        if row.state == ChunkState.DEAD and states:
             found.append(f"chunk {chunk:x} is dead: {states}")
         elif row.state == ChunkState.SEALED:
             wanted = min(row.copies, len(up))
@@ -108,10 +122,6 @@ async def _check_metaserver(cluster: Cluster) -> None:
         cluster.trace.violation(f"metaserver check: {problem.table} {problem.key}: {problem.text}")
 
 
-def disk_of(chunk: ChunkNode) -> SimDisk:
-    return SimDisk(chunk.storage)
-
-
 async def _check_disks(cluster: Cluster) -> None:
     """Each file on a disk is whole."""
     for chunk in cluster.chunks:
@@ -134,7 +144,7 @@ async def _check_replicas(cluster: Cluster) -> None:
             _check_cover(cluster, where, place.file, mine)
             for offset, extent in mine:
                 for server, replica in rows[extent.chunk][1].items():
-                    if replica.state == ReplicaState.GOOD:
+                    if replica.state == ReplicaState.GOOD and server not in cluster.lost_servers:
                         _check_extent(cluster, where, place.file, offset, extent, by_number[server])
 
 

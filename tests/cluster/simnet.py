@@ -186,6 +186,10 @@ class SimNet:
         """From now on :meth:`request` reaches it."""
         self._serving[node] = nursery
 
+    def nursery_of(self, node: str) -> trio.Nursery | None:
+        """Where tasks of a node that answers requests run."""
+        return self._serving.get(node)
+
     def down(self, node: str, *, power: bool = False) -> None:
         """Its process is gone; with ``power`` its host as well, until :meth:`up`."""
         for key in [key for key in self._listening if key[0] == node]:

@@ -13,7 +13,7 @@ import msgspec
 import trio
 from determinism import NODE
 from simdisk import Detached, SimDisk, SimStorage
-from simfiles import SimFiles
+from simfiles import SimFiles, Undo, cut_power
 from simnet import End, SimNet, over_the_wire
 from simtrace import Trace
 
@@ -21,7 +21,7 @@ from chunkserver import identity as identities
 from chunkserver.client import Pool
 from chunkserver.disk import chunk_directories
 from chunkserver.identity import FORMAT, Identity
-from chunkserver.node import Node
+from chunkserver.node import Node, Running
 from chunkserver.report import Mailbox, Outbox, Reporter
 from dfsmount.cache import BlockCache
 from dfsmount.reader import Reader
@@ -69,6 +69,7 @@ class World(msgspec.Struct):
     timeout: float
     copies: int = 2
     slow_disk: dict[str, float] = {}
+    on_unlink: Callable[[int, str], None] = lambda number, path: None
     # Broken on purpose, for the negative controls.
     sabotage: frozenset[str] = frozenset()
 
@@ -76,12 +77,17 @@ class World(msgspec.Struct):
 class SimNode:
     """A host with one program. ``lives`` counts its starts."""
 
+    @property
+    def deadly(self) -> tuple[type[BaseException], ...]:
+        """What may end the program at present."""
+        return (EngineFailed,)
+
     def __init__(self, world: World, name: str) -> None:
         self.world = world
         self.name = name
         self.running = False
         self.lives = 0
-        self.drift = 1.0
+        self.drift = 1.0 + world.random.uniform(-1e-3, 1e-3)
         self.offset_ns = 0
         self.frozen_seconds = 0.0
         self.booted = 0.0
@@ -180,8 +186,8 @@ class SimNode:
     def _died(self, error: BaseException) -> None:
         rest: BaseException | None = error
         if isinstance(error, BaseExceptionGroup):
-            rest = error.split((Killed, Detached, trio.Cancelled, EngineFailed))[1]
-        elif isinstance(error, Killed | Detached | EngineFailed):
+            rest = error.split((Killed, Detached, trio.Cancelled, *self.deadly))[1]
+        elif isinstance(error, (Killed, Detached, *self.deadly)):
             rest = None
         if isinstance(error, trio.Cancelled):
             raise error
@@ -226,11 +232,18 @@ class SimNode:
 class MetaNode(SimNode):
     """The metaserver. ``parts`` while it runs."""
 
+    @property
+    def deadly(self) -> tuple[type[BaseException], ...]:
+        # A start on a disk that fails.
+        return (EngineFailed, OSError) if self.failing else (EngineFailed,)
+
     def __init__(self, world: World) -> None:
         super().__init__(world, META)
         self.parts: Parts | None = None
         self.boot = 1
-        self.files = SimFiles()
+        self._undo: Undo = {}
+        self.failing: dict[str, int] = {}
+        self.files = SimFiles(self._undo)
         random = world.random
         self.options = Options(
             map_bytes=4 << 20,
@@ -249,7 +262,8 @@ class MetaNode(SimNode):
 
     async def main(self) -> None:
         world = self.world
-        self.files = SimFiles()
+        self.files = SimFiles(self._undo)
+        self.files.failing = self.failing
         self.files.ignore_syncs = "meta-sync" in world.sabotage
         try:
             async with open_committer(
@@ -296,7 +310,7 @@ class MetaNode(SimNode):
 
     async def cut_power(self, keep: float) -> None:
         await self.kill(power=True)
-        lost = self.files.cut_power(self.world.random, keep)
+        lost = cut_power(self._undo, self.world.random, keep)
         self.boot += 1
         self.world.trace.add(f"POWER {self.name} lost {lost} sectors of its log")
 
@@ -385,22 +399,45 @@ class ChunkNode(SimNode):
     def __init__(self, world: World, number: int, meta: MetaNode, capacity: int = 4 << 30) -> None:
         super().__init__(world, f"cs{number}")
         self.number = number
+        self.capacity = capacity
         self.storage = SimStorage(self.name, Random(world.random.random()), capacity)
         self.storage.ignore_syncs = "chunk-sync" in world.sabotage
+        self.storage.on_unlink = lambda path: world.on_unlink(number, path)
         self.node: Node | None = None
         self._meta = meta
         self._disk: SimDisk | None = None
+        # The process ends at the so many-th step from now on; with the power of its host if there is a share of
+        # unsynced sectors to keep.
+        self.steps_left: int | None = None
+        self.crash_keep: float | None = None
+
+    @property
+    def serving(self) -> Running | None:
+        """What runs once it has joined."""
+        return None if self.node is None else self.node.running
 
     def detach(self) -> None:
         if self._disk is not None:
             self._disk.alive = False
+
+    def _step(self, name: str) -> None:
+        if self.steps_left is None:
+            return
+        self.steps_left -= 1
+        if self.steps_left > 0:
+            return
+        self.steps_left = None
+        self.world.trace.add(f"CRASH {self.name} at {name}, keeping {self.crash_keep}")
+        self.detach()
+        self.world.net.down(self.name)
+        raise Detached(name)
 
     def callbacks(self, node: Node) -> Callbacks:
         return Callbacks(node, self.name)
 
     async def main(self) -> None:
         world = self.world
-        self._disk = disk = SimDisk(self.storage)
+        self._disk = disk = SimDisk(self.storage, self._step)
         identity = identities.load(disk)
         if identity is None:
             identity = Identity(FORMAT, self.number, self.name, "")
@@ -430,6 +467,9 @@ class ChunkNode(SimNode):
                 await self.until_killed()
         finally:
             self.node = None
+            if self.crash_keep is not None and not disk.alive and not self._killed.is_set():
+                self.storage.cut_power(self.crash_keep)
+                self.crash_keep = None
 
     async def cut_power(self, keep: float) -> None:
         await self.kill(power=True)

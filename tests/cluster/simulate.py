@@ -24,7 +24,7 @@ for _path in (str(HERE), str(HERE.parent.parent)):
 import determinism  # noqa: E402
 import trio  # noqa: E402
 from simcluster import Cluster, Plan  # noqa: E402
-from simfaults import FAULTS, befall  # noqa: E402
+from simfaults import FAULTS, MINOR_FAULTS, befall  # noqa: E402
 from siminvariants import check_at_rest  # noqa: E402
 from simtrace import Trace  # noqa: E402
 
@@ -77,7 +77,10 @@ async def _run(
     random = Random(f"{seed} plan")
     plan = Plan(random, sabotage, big=big)
     names = list(FAULTS)
-    chosen = faults if faults is not None else random.sample(names, random.randint(1, min(5, len(names))))
+    possible = [name for name in names if name in MINOR_FAULTS or not plan.minor]
+    chosen = faults if faults is not None else random.sample(possible, random.randint(1, 6))
+    if faults is not None:
+        plan.minor = False
     async with trio.open_nursery() as nursery:
         cluster = Cluster(seed, plan, trace, nursery)
         trace.add(f"SEED {seed}: {vars(plan)} {cluster.world.config} {chosen}")
