@@ -110,7 +110,7 @@ class Appends:
             return
         assert writing is not None
         if write.before.entries == 0:
-            self._table.born(replica)
+            self._table.add(replica)
         writing.tail = write.after
         if writing.queue or self._table.clock() < self._slow_until:
             writing.queue.append(write)

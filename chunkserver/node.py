@@ -157,7 +157,6 @@ class Node:
             with suppress(OSError):  # a disk that cannot even say its size fails elsewhere, and more clearly
                 table.measure_space()
             self._post_snapshot()
-            table.report_born()
             await table.sync_directories()
 
     def _post_snapshot(self) -> None:

@@ -28,8 +28,6 @@ RunSync: TypeAlias = Callable[..., Awaitable[Any]]
 
 # Chunks deleted by this process, so that an append that was on its way does not bring one back. Ids are not reused.
 REMEMBERED_DELETIONS = 10_000
-# When the metaserver hears of a chunk that an append has begun: by then it knows itself of those that are wanted.
-BORN_SECONDS = 10.0
 # What a full disk says, and a full quota.
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 # With fewer files left none is begun: what is there already needs some to be deleted, copied and compacted.
@@ -86,7 +84,6 @@ class Table:
         self.on_gone = on_gone
         self._replicas: dict[int, Replica] = {}
         self._deleted: OrderedDict[int, None] = OrderedDict()
-        self._born: dict[int, float] = {}
         self._unsynced_directories: set[str] = set()
         self._space = disk.space()
         self._free_bytes = self._space.free
@@ -133,23 +130,6 @@ class Table:
         self._deleted.pop(replica.chunk, None)
         self._replicas[replica.chunk] = replica
         self.highest_chunk = max(self.highest_chunk, replica.chunk)
-
-    def born(self, replica: Replica) -> None:
-        """Takes in what an append has begun; see :meth:`report_born`."""
-        self.add(replica)
-        self._born[replica.chunk] = self.clock()
-
-    def report_born(self) -> None:
-        """Tells of what appends have begun some time ago; call now and then. One that was long on its way may have
-        begun a chunk that the metaserver has forgotten meanwhile: it would stay here until the next full listing."""
-        before = self.clock() - BORN_SECONDS
-        for chunk, since in list(self._born.items()):
-            if since > before:
-                return
-            del self._born[chunk]
-            replica = self._replicas.get(chunk)
-            if replica is not None and replica.state is ReplicaState.OPEN:
-                self.on_change(replica)
 
     def forget(self, chunk: int) -> None:
         self._replicas.pop(chunk, None)
