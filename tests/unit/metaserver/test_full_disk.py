@@ -1,0 +1,154 @@
+"""The engine on a file system that is really full: a small tmpfs would need root, so its bytes are counted here."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from engine_rows import create, names, prepare
+
+from metaserver.commit import Committer, open_committer
+from metaserver.errors import DfsError, ErrorCode
+from metaserver.files import Files
+from metaserver.schema import Table
+from metaserver.snapshot import list_snapshots
+from metaserver.start import SNAPSHOTS_NAME, Options
+
+SEGMENT = 1 << 16
+OPTIONS = Options(
+    checkpoint_seconds=0.2,
+    checkpoint_changes=200,
+    segment_bytes=SEGMENT,
+    reserve_bytes=1 << 14,
+    store_reserve_bytes=1 << 14,
+    map_bytes=1 << 22,
+    retry_seconds=0.01,
+)
+
+
+class CountedFiles(Files):
+    """Once ``full``, no file can be made or grown; what is there can be written, renamed and removed."""
+
+    full = False
+
+    def create(self, path: Path, head: bytes, size: int) -> int:
+        self._refuse()
+        return super().create(path, head, size)
+
+    def reserve(self, path: Path, size: int) -> None:
+        if not path.exists() or path.stat().st_size < size:
+            self._refuse()
+        super().reserve(path, size)
+
+    def _refuse(self) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(30):
+        while not condition():  # noqa: ASYNC110
+            await trio.sleep(0.002)
+
+
+async def fill(committer: Committer) -> None:
+    """New files until there is no space for them."""
+    with pytest.raises(DfsError) as caught:
+        for number in range(100_000):
+            create(committer, b"%d" % number)
+            if number % 20 == 0:
+                await trio.sleep(0.001)
+    assert caught.value.code is ErrorCode.NO_SPACE
+
+
+def touch(tx: Any, now_ns: int) -> None:
+    tx.put(Table.XATTRS, b"touched", b"%d" % now_ns * 10)
+
+
+async def test_what_frees_space_goes_on_without_end(tmp_path: Path) -> None:
+    files = CountedFiles()
+    async with open_committer(tmp_path, options=OPTIONS, files=files) as committer:
+        prepare(committer)
+        await until(lambda: committer.log.prepared and (tmp_path / "reserve").exists())
+        files.full = True
+        await fill(committer)
+        before = names(committer)
+        # More than ten segments of the log.
+        for count in range(5000):
+            committer.change(1, 0, touch, frees=True)
+            if count % 10 == 0:
+                await trio.sleep(0.001)
+        assert committer.log.recycled > 5
+        assert committer.is_full
+        with pytest.raises(DfsError):
+            create(committer, b"new")
+        assert names(committer) == before
+        assert list_snapshots(tmp_path / SNAPSHOTS_NAME) == []
+        files.full = False
+        await until(lambda: not committer.is_full)
+        create(committer, b"new")
+        # As soon as there is space, the store can be rebuilt again.
+        await until(lambda: bool(list_snapshots(tmp_path / SNAPSHOTS_NAME)))
+        await until(lambda: not committer.log.recycled)
+    async with open_committer(tmp_path, options=OPTIONS) as committer:
+        assert names(committer) == before | {b"new"}
+
+
+async def insist(committer: Committer, change: Callable[[Any, int], None]) -> None:
+    """Segments are so small here that changes come faster than room is made for them."""
+    with trio.fail_after(10):
+        while True:
+            try:
+                committer.change(1, 0, change, frees=True)
+            except DfsError as error:
+                assert error.code is ErrorCode.NO_SPACE
+                await trio.sleep(0.01)
+            else:
+                return
+
+
+class Killed(Exception):
+    """As kill -9 at that point."""
+
+
+async def test_starts_on_a_full_disk_need_no_reserve(tmp_path: Path) -> None:
+    files = CountedFiles()
+    async with open_committer(tmp_path, options=OPTIONS, files=files) as committer:
+        prepare(committer)
+        await until(lambda: committer.log.prepared and (tmp_path / "reserve").exists())
+    for life in range(6):
+        with pytest.raises(BaseExceptionGroup) as caught:
+            # A start may make its segment (the log of the life before gives space back), nothing else.
+            files.full = False
+            async with open_committer(tmp_path, options=OPTIONS, files=files) as committer:
+                files.full = True
+                await until(lambda: committer.log_full)
+                for _ in range(600):
+                    await insist(committer, touch)
+                await insist(committer, lambda tx, _, life=life: tx.put(Table.XATTRS, b"life", b"%d" % life))
+                raise Killed
+        assert caught.value.split(Killed)[1] is None, repr(caught.value)
+    async with open_committer(tmp_path, options=OPTIONS) as committer:
+        found, _ = committer.read(0, lambda tx: tx.get(Table.XATTRS, b"life"))
+        assert found == b"5"
+
+
+async def test_a_map_that_cannot_grow_ends_the_engine_with_a_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Options(checkpoint_seconds=0.05, segment_bytes=1 << 20, map_bytes=1 << 17, store_reserve_bytes=0)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with open_committer(tmp_path, options=options) as committer:
+            prepare(committer)
+
+            def grow() -> None:
+                raise MemoryError("no address space")
+
+            monkeypatch.setattr(committer.store, "grow", grow)
+            for number in range(3000):
+                create(committer, b"%d" % number)
+            await trio.sleep(10)
+    assert "map cannot grow" in repr(caught.value.exceptions)
