@@ -62,10 +62,15 @@ def sealed_progress(file: File, header: Header) -> Progress:
         return Progress(0, 0, 0, chain)
     if count > chunkfile.MAX_ENTRIES:
         raise FormatError(f"{count} entries")
-    data = file.read(ENTRY_BYTES, chunkfile.INDEX_OFFSET + (count - 1) * ENTRY_BYTES)
-    if len(data) < ENTRY_BYTES:
+    # With the one before, whose chain it continues.
+    before = min(count - 1, 1) * ENTRY_BYTES
+    data = file.read(before + ENTRY_BYTES, chunkfile.INDEX_OFFSET + (count - 1) * ENTRY_BYTES - before)
+    if len(data) < before + ENTRY_BYTES:
         raise FormatError("the index is cut off")
-    last = chunkfile.decode_entry(data)
+    last = chunkfile.decode_entry(data, before)
+    seed = chunkfile.decode_entry(data).chain if before else chunkfile.first_chain(header.cluster, header.chunk)
+    if crc32c(data[before : before + ENTRY_BYTES - 4], seed) != last.chain:
+        raise FormatError("the last entry is damaged")
     if last.chain != chain or last.stored_offset + last.stored_length != length:
         raise FormatError("the last entry is not the one the header speaks of")
     if file.size() < chunkfile.PAYLOAD_OFFSET + length:
