@@ -164,7 +164,7 @@ class Appends:
         if request.index + count <= replica.written.entries:
             assert writing.file is not None
             position = INDEX_OFFSET + request.index * ENTRY_BYTES
-            if writing.file.read(len(request.entries), position) == request.entries:
+            if _read_back(writing.file, len(request.entries), position) == request.entries:
                 index = Index(request.entries)
                 after = index.progress(count, request.chain)
                 after.entries += request.index
@@ -327,7 +327,7 @@ class Appends:
             return tail.entries
         if replica.writing is None or replica.writing.file is None:
             raise DfsError(ErrorCode.WRONG_OFFSET, "not the length of this chunk")
-        index = Index(replica.writing.file.read(replica.written.entries * ENTRY_BYTES, INDEX_OFFSET))
+        index = Index(_read_back(replica.writing.file, replica.written.entries * ENTRY_BYTES, INDEX_OFFSET))
         entries = index.entries_at(length)
         if entries is None:
             raise DfsError(ErrorCode.WRONG_OFFSET, "no block ends there")
@@ -335,6 +335,14 @@ class Appends:
         if index.progress(entries, first).chain != chain:
             raise DfsError(ErrorCode.CHAIN_MISMATCH, "the chunk continues differently here")
         return entries
+
+
+def _read_back(file: File, length: int, position: int) -> bytes:
+    """Entries written by this process."""
+    try:
+        return file.read(length, position)
+    except OSError as error:
+        raise DfsError(ErrorCode.IO, f"cannot read the index: {error.strerror}") from None
 
 
 def check_append(request: Append, before: Progress, payload: Buffer) -> Progress:

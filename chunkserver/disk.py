@@ -129,7 +129,10 @@ class LocalFile:
         if done < total:
             rest = b"".join(buffers)
             while done < total:
-                done += os.pwrite(self._descriptor, memoryview(rest)[done:], offset + done)
+                written = os.pwrite(self._descriptor, memoryview(rest)[done:], offset + done)
+                if written == 0:  # a disk that neither writes nor says why
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                done += written
 
     def read(self, length: int, offset: int) -> bytes:
         data = os.pread(self._descriptor, length, offset)

@@ -32,7 +32,10 @@ class Reads:
     def read_now(self, chunk: int, offset: int, length: int) -> tuple[bytes, Buffer] | None:
         """As :meth:`read` if it needs no disk, otherwise None."""
         replica = self._table.readable(chunk)
-        opened = self._opened(replica)
+        try:
+            opened = self._opened(replica)
+        except OSError:
+            opened = None  # met again, and dealt with, where waiting is possible
         if opened is None:
             return None
         blocks = opened.blocks.covering(offset, length, PAYLOAD_LIMIT)
@@ -87,7 +90,11 @@ class Reads:
 
     async def load(self, replica: Replica) -> Opened:
         """Descriptor and index of a replica, from the disk if need be; kept for the next time."""
-        opened = self._opened(replica)
+        try:
+            opened = self._opened(replica)
+        except OSError:
+            self._table.open_chunks.drop(replica.chunk)
+            opened = None
         if opened is None:
             file = replica.writing.file if replica.writing else None
             count = replica.written.entries

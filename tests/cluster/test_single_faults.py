@@ -25,6 +25,7 @@ from faultydisk import Fault, FaultyDisk  # noqa: E402
 from chunkserver import chunkfile, identity, scrub  # noqa: E402
 from chunkserver.chunkfile import ENTRY_BYTES, HEADER_BYTES, INDEX_OFFSET, PAYLOAD_OFFSET  # noqa: E402
 from chunkserver.client import Pool, open_pool  # noqa: E402
+from chunkserver.disk import LocalDisk  # noqa: E402
 from chunkserver.identity import DataDirectoryError  # noqa: E402
 from chunkserver.replica import ReplicaState  # noqa: E402
 from metaserver.errors import DfsError, ErrorCode  # noqa: E402
@@ -514,3 +515,36 @@ def test_a_configuration_that_cannot_be_read_is_one_line() -> None:
     done = chunkserver("--config", "/proc/self/mem")  # EIO
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "Input/output error" in done.stderr
+
+
+@pytest.mark.parametrize("steps", [[1, 7, 4096], [0]])
+def test_writes_that_the_system_cuts_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
+    """They are gone on with; a disk that takes nothing at all is an error, not an endless loop."""
+    disk, real = LocalDisk(str(tmp_path)), os.pwrite
+    lengths = iter(steps * 10_000)
+    monkeypatch.setattr(os, "pwritev", lambda fd, buffers, at: real(fd, bytes(buffers[0])[:3], at))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, bytes(data)[: next(lengths)], at))
+    file, content = disk.create("f"), random.Random(3).randbytes(50_000)
+    if steps == [0]:
+        with pytest.raises(OSError, match="Input/output"):
+            file.write([content[:10], content[10:]], 5)
+    else:
+        file.write([content[:10], content[10:]], 5)
+        assert (tmp_path / "f").read_bytes() == bytes(5) + content
+
+
+async def test_an_index_that_cannot_be_read_while_it_grows(tmp_path: Path, pool: Pool, content: bytes) -> None:
+    async with server(tmp_path, "a") as a:
+        writer = Writer(CHUNK)
+        await writer.send(pool, a.peer, content[:BLOCK])
+        assert len((await pool.read(a.peer, CHUNK, 0, BLOCK)).entries) == 1
+        repeated = Writer(CHUNK).append(content[:BLOCK])
+        await writer.send(pool, a.peer, content[BLOCK : 2 * BLOCK])
+        disk_of(a).faults = [Fault("read", "chunks/*", start=INDEX_OFFSET, stop=PAYLOAD_OFFSET)]
+        with pytest.raises(DfsError) as caught:
+            await pool.append(a.peer, repeated, [content[:BLOCK]])
+        assert caught.value.code is ErrorCode.IO
+        with pytest.raises(DfsError) as caught:
+            await pool.read(a.peer, CHUNK, BLOCK, BLOCK)
+        assert caught.value.code is ErrorCode.IO
+        assert a.store.table.get(CHUNK).error == "IO"
