@@ -56,11 +56,20 @@ class KeptSegment:
         self.header = header
         self.first = first
 
-    def read(self) -> bytes:
-        return self.path.read_bytes()
+    def read(self, length: int = -1) -> bytes:
+        """All of it, or its beginning; :class:`CorruptLog` if the disk does not give it back."""
+        return _read(self.path, length)
 
     def records(self) -> Iterator[Record]:
         return decode_segment(self.read(), self.header.segment)
+
+
+def _read(path: Path, length: int = -1) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(length)
+    except OSError as error:
+        raise CorruptLog(f"{path} cannot be read ({error.strerror})") from error
 
 
 class OpenSegment(KeptSegment):
@@ -98,14 +107,12 @@ def list_segments(directory: Path, unusable: list[str] | None = None) -> list[Ke
 def _read_header(path: Path, before: SegmentHeader | None) -> SegmentHeader | None:
     """A segment's header, or what its records say of it if it is damaged; None if there is no record either."""
     number = int(path.stem, 16)
-    with path.open("rb") as file:
-        header = SegmentHeader.unpack(file.read(FIRST_RECORD))
-        if header is not None and header.segment == number:
-            return header
-        if header is not None:
-            raise CorruptLog(f"{path} is the segment {header.segment:016x}: somebody has renamed it")
-        file.seek(0)
-        data = file.read()
+    header = SegmentHeader.unpack(_read(path, FIRST_RECORD))
+    if header is not None and header.segment == number:
+        return header
+    if header is not None:
+        raise CorruptLog(f"{path} is the segment {header.segment:016x}: somebody has renamed it")
+    data = _read(path)
     record = next(decode_segment(data, number), None)
     if record is None and data[FIRST_RECORD:].strip(b"\0"):
         raise CorruptLog(f"{path} has no valid header and no record")
@@ -119,8 +126,7 @@ def _read_header(path: Path, before: SegmentHeader | None) -> SegmentHeader | No
 def find_firsts(segments: list[KeptSegment]) -> None:
     """Fills in ``first`` of segments from disk: reads little of each."""
     for segment in segments:
-        with segment.path.open("rb") as file:
-            head = file.read(FIRST_RECORD + (64 << 10))
+        head = segment.read(FIRST_RECORD + (64 << 10))
         record = next(decode_segment(head, segment.header.segment), None)
         if record is None:
             record = next(segment.records(), None)
