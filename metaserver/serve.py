@@ -5,11 +5,13 @@ whose end is a synced checkpoint.
 """
 
 import errno
+import faulthandler
 import gc
 import signal
 import socket
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -18,7 +20,7 @@ import trio
 
 from metaserver import httpserver, identity, systemd, transport
 from metaserver.clock import steady_ns
-from metaserver.commit import Committer, open_committer
+from metaserver.commit import Committer, Options, open_committer
 from metaserver.config import Config, ConfigError
 from metaserver.connection import accept_handshake
 from metaserver.errors import ConnectionLost, DfsError
@@ -34,6 +36,7 @@ log = structlog.get_logger(__name__)
 OpenEngine: TypeAlias = Callable[[Path], AbstractAsyncContextManager[Committer]]
 # What was asked before a stop is answered, as far as that takes no longer.
 DRAIN_SECONDS = 2.0
+CRASH_NAME = "crashed"
 
 
 class StartError(Exception):
@@ -182,5 +185,27 @@ async def serve_until_signal(config: Config) -> None:
 async def _serve_and_stop(
     config: Config, stop: trio.Event, scope: trio.CancelScope, *, task_status: trio.TaskStatus[Ports]
 ) -> None:
-    await serve(config, stop, task_status=task_status)
+    with _noting_fatal_signals(config.data_path) as ended_by_one:
+        # Perhaps a damaged page did it, beyond what a start has time for: now it takes the time.
+        options = Options(check_seconds=None) if ended_by_one else Options()
+        await serve(config, stop, open_engine=partial(open_committer, options=options), task_status=task_status)
     scope.cancel()
+
+
+@contextmanager
+def _noting_fatal_signals(directory: Path) -> Iterator[bool]:
+    """Has SIGBUS, SIGSEGV and the like leave a traceback in the file ``crashed``; whether the last life ended so."""
+    path = directory / CRASH_NAME
+    if not (directory / identity.FILE).exists():
+        yield False
+        return
+    ended_by_one = path.exists() and path.stat().st_size > 0
+    if ended_by_one:
+        text = path.read_text(errors="replace").splitlines()[0]
+        log.error("the metaserver was ended by a fatal signal; looking through the whole store", reason=text)
+    with path.open("w") as file:
+        faulthandler.enable(file)
+        try:
+            yield ended_by_one
+        finally:
+            faulthandler.disable()

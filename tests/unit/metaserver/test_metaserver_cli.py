@@ -106,6 +106,18 @@ def test_it_survives_being_killed(tmp_path: Path) -> None:
     assert second.stop(signal.SIGINT) == 0
 
 
+def test_after_a_fatal_signal_the_whole_store_is_looked_through(tmp_path: Path) -> None:
+    assert Server(tmp_path / "data").stop() == 0
+    assert Server(tmp_path / "data").stop(signal.SIGBUS) == -signal.SIGBUS
+    third = Server(tmp_path / "data")
+    assert "ended by a fatal signal" in third.log
+    assert "Bus error" in third.log
+    assert third.stop() == 0
+    fourth = Server(tmp_path / "data")
+    assert "fatal" not in fourth.log
+    assert fourth.stop() == 0
+
+
 @pytest.mark.parametrize("which", ["listen_port", "http_port"])
 async def test_a_port_in_use(tmp_path: Path, which: str) -> None:
     with socket.socket() as taken:
