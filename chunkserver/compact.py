@@ -151,7 +151,9 @@ class Compactor:
         replica = self._local(source)
         if replica is not None:
             try:
-                entries, payload = await self._store.reads.read(source.chunk, span.start, span.length)
+                reads = self._store.reads
+                found_now = reads.read_now(source.chunk, span.start, span.length)
+                entries, payload = found_now or await reads.read(source.chunk, span.start, span.length)
                 return _checked(span, decode_entries(entries), payload, arranged)
             except DfsError as error:
                 if error.code is ErrorCode.BAD_CHECKSUM:

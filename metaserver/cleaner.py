@@ -41,7 +41,7 @@ from metaserver.schema import Chunk, Replica
 log = structlog.get_logger(__name__)
 
 # Chunks remembered as worth cleaning; the slow walk finds others again when these are done.
-MOST_CANDIDATES = 10_000
+MOST_CANDIDATES = 2_000
 # Ranges that one order may name, so that it stays far below HTTP_BODY_LIMIT (22 bytes each), as its result does.
 MOST_RANGES = 8192
 # Rows read between two turns of others: about 5 ms.
