@@ -162,6 +162,7 @@ class Volume:
         with self._lock:
             directory, name = self._split(path)
             inode = self._inode(os.stat(self.root / path).st_ino)
+            self._keep(path)  # others may remove it without asking, too
             if self._now(directory).get(name) is not inode:
                 directory.pending.append(Naming("", name, inode))
 
@@ -278,6 +279,10 @@ class Volume:
         """From now on nothing happens any more; every call raises :class:`PowerOff`."""
         with self._lock:
             self.on = False
+
+    def resume(self) -> None:
+        """The processes were killed, the power was not: everything is there, and what was not synced still is not."""
+        self.on = True
 
     def settle(self) -> None:
         """Makes the real directory what the disk has. Nobody uses it any more; afterwards the volume is done with."""

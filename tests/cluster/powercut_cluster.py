@@ -1,8 +1,8 @@
 """A cluster that loses power: real servers in this process, over sockets, on volumes that forget what was not synced.
 
 :meth:`PowerCluster.live` is one life of all servers, :meth:`PowerCluster.cut` ends it in the middle of everything, and
-:meth:`PowerCluster.settle` makes the disks what is left of them. Each life has a boot id of its own, so that the
-metaserver knows what may be gone.
+:meth:`PowerCluster.settle` makes the disks what is left of them; the next life has another boot id, so that the
+metaserver knows what may be gone. After :meth:`PowerCluster.survive` instead it was only the processes that died.
 """
 
 import threading
@@ -59,6 +59,7 @@ class PowerCluster:
         self.random = random
         self.names = [METASERVER, *(f"chunkserver{number}" for number in range(1, servers + 1))]
         self.lives = 0
+        self.boots = 0
         self.lost = 0  # pages, sizes and names that cuts took
         self.store_losses = 0  # LMDB transactions that were in flight
         self.failure = ""  # why a server ended by itself
@@ -93,12 +94,12 @@ class PowerCluster:
         self.lives += 1
         self._on, self._over, self._scope = True, trio.Event(), trio.CancelScope()
         for name in self.names:
-            self._path(name).mkdir(parents=True, exist_ok=True)
-            self._volumes[name] = Volume(
-                self._path(name), self.mode, Random(self.random.random()), self._lies.get(name.rstrip("123"), HONEST)
-            )
-            if self.lives > 1:
-                self._volumes[name].look()
+            if name not in self._volumes:
+                self._path(name).mkdir(parents=True, exist_ok=True)
+                lies = self._lies.get(name.rstrip("123"), HONEST)
+                self._volumes[name] = Volume(self._path(name), self.mode, Random(self.random.random()), lies)
+                if self.lives > 1:
+                    self._volumes[name].look()
         nursery.start_soon(self._live)
 
     async def _live(self) -> None:
@@ -133,7 +134,7 @@ class PowerCluster:
     @asynccontextmanager
     async def _open_engine(self, directory: Path) -> AsyncIterator[Committer]:
         self._files = PoweredFiles(self._volumes[METASERVER])
-        boot_id = b"%16d" % self.lives
+        boot_id = b"%16d" % self.boots
         async with open_committer(directory, files=self._files, options=OPTIONS, boot_id=boot_id) as committer:
             yield committer
 
@@ -192,9 +193,19 @@ class PowerCluster:
 
     async def settle(self) -> list[str]:
         """After a cut: waits until nothing runs any more and makes the disks what they are; what is broken there."""
+        await self._ended()
+        self.boots += 1
+        return await trio.to_thread.run_sync(self._settle)
+
+    async def survive(self) -> None:
+        """After a cut that was none: all servers were killed at once, and the page caches are as they were."""
+        await self._ended()
+        for volume in self._volumes.values():
+            volume.resume()
+
+    async def _ended(self) -> None:
         await self._over.wait()
         await trio.to_thread.run_sync(wait_for_reporters)
-        return await trio.to_thread.run_sync(self._settle)
 
     def _settle(self) -> list[str]:
         broken = []
@@ -206,6 +217,7 @@ class PowerCluster:
                 broken += [f"{name}: {problem.key}: {problem.text}" for problem in report.problems]
         if self._files is not None:
             self.store_losses += self._files.store_losses
+        self._volumes.clear()
         return broken
 
 

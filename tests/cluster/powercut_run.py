@@ -4,8 +4,9 @@
 "everything", "random" or "torn" (see ``powercut``). Two clients work all the time. One dies with each cut: after it a
 new one verifies all that the old one was promised, before it goes on. The other outlives the servers, meets no error,
 and in the end everything it has done is there, fsynced or not. A part of the cuts comes during the start after the one
-before. With ``--mount`` a real mount outlives the servers, too. Prints one line for each broken promise; exit code 1 if
-there is one.
+before. Before some of them all servers are killed at once and started again: what they find then is in page caches, and
+the cut may still take it. With ``--mount`` a real mount outlives the servers, too. Prints one line for each broken
+promise; exit code 1 if there is one.
 """
 
 import logging
@@ -38,6 +39,8 @@ from metaserver.protocol import FileStatus, ServerStatus, Status  # noqa: E402
 WORK_SECONDS = (0.02, 0.9)
 START_SECONDS = (0.0, 0.8)
 CUTS_DURING_START = 0.2
+KILLS = 0.25
+AFTER_KILL_SECONDS = (0.0, 4.0)
 # A new cluster after so many points, so that what nobody collects does not fill the disk.
 POINTS_PER_CLUSTER = 25
 COPIES = 2
@@ -97,6 +100,7 @@ class PowerCuts:
         self.cluster = PowerCluster(root / "cluster", mode, self.random, lies=lies)
         self.broken: list[str] = []
         self.points = 0
+        self.kills = 0
         self.steps = 0
         self.replica_bytes = 0
 
@@ -166,24 +170,37 @@ class PowerCuts:
             self.broken += await worker.verify()
             nursery.start_soon(worker.work)
             await trio.sleep(self.random.uniform(*WORK_SECONDS))
-            self._cut(nursery)
+            if self.random.random() < KILLS:
+                await self._kill(nursery)
+                await trio.sleep(self.random.uniform(*AFTER_KILL_SECONDS))
+            self._cut()
             client.die()
             await worker.end()
             self.broken += worker.load.broken
             self.steps += worker.load.steps
         await self._restart(nursery)
 
-    def _cut(self, nursery: trio.Nursery) -> None:
+    def _cut(self) -> None:
         self.cluster.cut()
         self.points += 1
+
+    async def _kill(self, nursery: trio.Nursery) -> None:
+        """All servers at once, by kill -9; they are on their way up again when this returns."""
+        self.cluster.cut()
+        self.kills += 1
+        await self.cluster.survive()
+        self.cluster.begin(nursery)
+
+    async def _strike_during_start(self) -> None:
+        await trio.sleep(self.random.uniform(*START_SECONDS))
+        assert not self.cluster.failure, self.cluster.failure
 
     async def _restart(self, nursery: trio.Nursery) -> None:
         self.broken += await self.cluster.settle()
         self.cluster.begin(nursery)
         while self.random.random() < CUTS_DURING_START:
-            await trio.sleep(self.random.uniform(*START_SECONDS))
-            assert not self.cluster.failure, self.cluster.failure
-            self._cut(nursery)
+            await self._strike_during_start()
+            self._cut()
             self.broken += await self.cluster.settle()
             self.cluster.begin(nursery)
         await self.cluster.wait_ready()
@@ -260,9 +277,10 @@ def main(arguments: list[str]) -> int:
         done += max(1, run.points)
         cluster = run.cluster
         print(
-            f"{mode.value} seed {seed}: {run.points} cuts, {run.steps} steps, {cluster.lost} pages, sizes and names in "
-            f"doubt, {cluster.store_losses} store transactions lost, {run.replica_bytes / 1e6:.0f} MB of replicas "
-            f"verified, {len(run.broken)} broken, {time.monotonic() - began:.0f} s",
+            f"{mode.value} seed {seed}: {run.points} cuts, {run.kills} kills, {run.steps} steps, {cluster.lost} pages, "
+            f"sizes and names in doubt, {cluster.store_losses} store transactions lost, "
+            f"{run.replica_bytes / 1e6:.0f} MB of replicas verified, {len(run.broken)} broken, "
+            f"{time.monotonic() - began:.0f} s",
             flush=True,
         )
         for line in run.broken[:20]:
