@@ -154,22 +154,6 @@ async def test_deleted_chunk_does_not_come_back(start_node: StartNode, pool: Poo
         await a.store.delete(CHUNK)  # again: nothing happens
 
 
-<<<<<<< HEAD
-async def test_what_appends_have_begun_is_reported_after_a_while(start_node: StartNode, pool: Pool) -> None:
-    """An append that was long on its way may begin a chunk that the metaserver has deleted everywhere else."""
-    now = [0.0]
-    async with start_node(clock=lambda: now[0]) as a:
-        for chunk in (CHUNK, CHUNK + 1):
-            await Writer(chunk).send(pool, a.peer, b"late", sync=True)
-        a.store.table.report_born()
-        assert a.node.outbox.parcel().changes == []
-        now[0] = 11.0
-        await a.store.delete(CHUNK + 1)
-        for _ in range(2):
-            a.store.table.report_born()
-            assert [report.chunk for report in a.node.outbox.parcel().changes] == [CHUNK]
-
-
 @pytest.mark.parametrize(("call", "when"), [("truncate", 0), ("write", 0), ("write", 1)])
 async def test_full_disk_puts_a_seal_off(start_node: StartNode, pool: Pool, call: str, when: int) -> None:
     """With all disks full, all replicas of a chunk would be given up otherwise."""
@@ -188,8 +172,6 @@ async def test_full_disk_puts_a_seal_off(start_node: StartNode, pool: Pool, call
         assert a.store.table.get(CHUNK).state is ReplicaState.SEALED
 
 
-=======
->>>>>>> parent of 23db89e (Report the chunks that appends have begun)
 async def test_full_disk_refuses_one_append_and_keeps_the_replica(start_node: StartNode, pool: Pool) -> None:
     async with start_node(wrap=FaultyDisk) as a:
         writer = Writer(CHUNK)
