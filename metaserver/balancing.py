@@ -19,7 +19,7 @@ from metaserver.clock import LivedClock
 from metaserver.commit import Committer
 from metaserver.config import Config
 from metaserver.members import Member, Members
-from metaserver.planning import Group, Hints, plan, plan_shift
+from metaserver.planning import Hints, plan, plan_shift
 from metaserver.protocol import ChunkState, RebalanceStatus
 from metaserver.repair import Repair
 from metaserver.schema import Chunk, Table, Transaction, by_server_key, chunk_key, parse_by_server_key, read_u64
@@ -157,7 +157,7 @@ class Balancer:
         uneven = threshold and unevenness(self.told()) > threshold
         if self.mode is Mode.IDLE and uneven and now >= self._rests_until:
             self._begin(Mode.BY_ITSELF)
-        if not self.active or self._repair.waiting(Group.COPIES):
+        if not self.active or self._repair.mending:
             return
         if self._stored.keys() != {load.server for load in self.told()} and not self._under_way:
             self._recount()

@@ -199,6 +199,11 @@ class Repair:
         return self.orders.copied.bytes_per_second(self._clock.seconds)
 
     @property
+    def mending(self) -> bool:
+        """Whether copies that are missing are on their way."""
+        return any(one.kind is Kind.COPY for one in self.orders.all())
+
+    @property
     def copies_under_way(self) -> int:
         return sum(one.order.kind is OrderKind.COPY for one in self.orders.all())
 
