@@ -186,6 +186,55 @@ async def test_full_disk_refuses_one_append_and_keeps_the_replica(start_node: St
         assert bytes((await pool.read(a.peer, CHUNK, 6, 100)).payload) == b"after"
 
 
+@pytest.mark.parametrize("rename", [[], [errno.ENOSPC]])
+async def test_a_sync_that_finds_no_space_gives_the_replica_up_and_says_so(
+    start_node: StartNode, pool: Pool, rename: list[int | None]
+) -> None:
+    """Delayed allocation: what the disk holds is not known any more, but to the writer this is a full disk. Even if the
+    directory has no space for another name."""
+    async with start_node(wrap=FaultyDisk) as a:
+        writer = Writer(CHUNK)
+        await writer.send(pool, a.peer, b"before", sync=True)
+        faulty(a).faults["sync"] = [errno.ENOSPC]
+        faulty(a).faults["rename"] = rename
+        await refused(ErrorCode.DISK_FULL, writer.send(pool, a.peer, b"after", sync=True))
+        await refused(ErrorCode.DISK_FULL, writer.send(pool, a.peer, b"again"))
+        assert a.store.table.get(CHUNK).state is ReplicaState.FAILED
+        assert not chunk_file(a).exists()
+        assert not a.store.table.disk_error
+        # The server is as good as before.
+        await Writer(CHUNK + 1).send(pool, a.peer, b"another", sync=True)
+
+
+async def test_no_more_files_are_full_and_read_only_is_failed(start_node: StartNode, pool: Pool) -> None:
+    async with start_node(wrap=FaultyDisk) as a:
+        table = a.store.table
+        space = faulty(a)._disk.space()
+        faulty(a).space = lambda: space._replace(files=3)  # type: ignore[method-assign]
+        table.measure_space()
+        assert (table.disk_state, table.free) == ("FULL", 0)
+        faulty(a).space = lambda: space  # type: ignore[method-assign]
+        table.measure_space()
+        assert table.disk_state == "OK"
+        faulty(a).space = lambda: space._replace(read_only=True)  # type: ignore[method-assign]
+        table.measure_space()
+        assert table.disk_state == "FAILED"
+        await refused(ErrorCode.DISK_FAILED, Writer(CHUNK).send(pool, a.peer, b"x"))
+
+
+def test_a_file_can_be_replaced_again_and_again_without_a_free_block(tmp_path: Path) -> None:
+    """The file that was replaced lends its block: no other is ever made after the first time."""
+    disk = LocalDisk(str(tmp_path))
+    disk.write_atomically("f", b"first")
+    disk.write_atomically("f", b"the second, longer one")
+    inodes = {entry.inode() for entry in os.scandir(tmp_path)}
+    for number in range(10):
+        disk.write_atomically("f", b"%d" % number)
+        assert disk.read_small("f") == b"%d" % number
+        assert {entry.inode() for entry in os.scandir(tmp_path)} == inodes
+    assert sorted(os.listdir(tmp_path)) == ["f", "f.new"]
+
+
 async def test_first_append_on_a_full_disk_leaves_nothing(start_node: StartNode, pool: Pool) -> None:
     async with start_node(wrap=FaultyDisk) as a:
         for call in ("create", "write"):
