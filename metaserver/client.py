@@ -87,8 +87,11 @@ class RemoteClock:
         self._period_start = 0.0
 
     @property
-    def known(self) -> bool:
-        return self._offset_ns is not None
+    def offset_ns(self) -> int | None:
+        """How much it is ahead of ours at least; None: nothing is known."""
+        if self._last_ns is not None and self._offset_ns is not None and self._last_ns > self._offset_ns:
+            return self._last_ns
+        return self._offset_ns
 
     def heard(self, time_ns: int) -> None:
         """An answer that was just received says what time it was there."""
@@ -100,10 +103,7 @@ class RemoteClock:
             self._offset_ns = offset_ns
 
     def now_ns(self) -> int:
-        offset_ns = self._offset_ns or 0
-        if self._last_ns is not None and self._last_ns > offset_ns:
-            offset_ns = self._last_ns
-        return self._clock_ns() + offset_ns
+        return self._clock_ns() + (self.offset_ns or 0)
 
     def forget(self) -> None:
         self._last_ns = self._offset_ns = None
@@ -171,7 +171,7 @@ class MetaClient:
         # and the steady one on which changes expire.
         self._latest_ns = 0
         self._wall = RemoteClock(clock_ns)
-        self._steady = RemoteClock(clock_ns)
+        self._steady = RemoteClock(_trio_ns)
         self._keep_alive_seconds = 5.0
         self._connection: Connection | None = None
         self._ready = trio.Event()
@@ -361,10 +361,10 @@ class MetaClient:
 
         Our idea of that clock is never ahead of it, so it refuses before we give up, and never carries out afterwards.
         """
-        if not self._steady.known:
+        offset_ns = self._steady.offset_ns
+        if offset_ns is None:
             return 0
-        left_seconds = deadline - trio.current_time() - EXPIRY_MARGIN_SECONDS
-        return max(1, self._steady.now_ns() // 1_000_000 + int(1000 * left_seconds))
+        return max(1, int(1000 * (deadline - EXPIRY_MARGIN_SECONDS)) + offset_ns // 1_000_000)
 
     def _note(self, response: wire.Response[Any]) -> None:
         if response.time_ns:
@@ -636,6 +636,12 @@ class MetaClient:
         await self._hooks.on_flush(request.inos)
         connection.push(protocol.FLUSHED, protocol.Flushed(request.ticket))
         return Reply(wire.Empty())
+
+
+def _trio_ns() -> int:
+    """The clock of deadlines. It stands still while the machine is suspended: what it makes of the metaserver's clock
+    is then behind until the next answer, and changes are refused rather early than late."""
+    return int(trio.current_time() * 1e9)
 
 
 def _size_of(message: Any) -> int:

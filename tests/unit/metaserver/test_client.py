@@ -345,13 +345,11 @@ async def test_changes_say_when_they_are_given_up_on_the_steady_clock_of_the_met
     script = Script()
     script.steady_ms = 7_000_000
     async with a_world(script) as world:
-        now = 10**15
-        world.meta._steady = client.RemoteClock(lambda: now)
-        world.meta._steady.heard(7_000_000 * 10**6)
-        now += 40 * 10**9
+        started = trio.current_time()
         await world.make(timeout=5)
         # Refused before it is given up, whatever the clocks of files say.
-        assert 7_044_000 < script.expires_ms[0] < 7_045_000
+        assert script.expires_ms[0] < 7_005_000
+        assert script.expires_ms[0] > 7_003_000 - 1000 * (trio.current_time() - started)
         # What is sent again to another life of the metaserver expires on that one's clock.
         script.steady_ms, script.epoch, script.drop_before_answer = 1_000, 2, 1
         await world.make(b"g", timeout=20)
@@ -376,7 +374,7 @@ async def test_a_remote_clock_is_never_ahead_although_it_is_set() -> None:
     clock.heard(there + 1_000_000)
     assert clock.now_ns() == there + 1_000_000
     clock.forget()
-    assert not clock.known
+    assert clock.offset_ns is None
 
 
 async def test_a_session_that_cannot_be_resumed_is_lost_once_not_for_ever() -> None:
