@@ -137,4 +137,4 @@ def test_a_lost_metaserver_is_rebuilt(own_cluster: RealCluster) -> None:
     assert appended == pattern(len(appended)), ours
     assert (recovered / str(appender.inode)).stat().st_mode & 0o7777 == 0o600
     save(cluster.mnt / "new", b"life goes on")
-    wait_until(lambda: is_healthy(cluster), "all is well again", 60)
+    wait_until(lambda: is_healthy(cluster), "all is well again", 120)
