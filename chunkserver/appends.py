@@ -306,6 +306,7 @@ class Appends:
         except OSError as error:
             self._table.give_up(replica, error)
         else:
+            self._table.synced()
             writing.synced = max(writing.synced, covers)
             writing.directory_synced = True
         finally:

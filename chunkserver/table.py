@@ -32,6 +32,8 @@ REMEMBERED_DELETIONS = 10_000
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 # With fewer files left none is begun: what is there already needs some to be deleted, copied and compacted.
 LEAST_FILES = 16
+# After so many replicas given up one after another, with no sync that succeeded in between, it is the disk.
+GIVEN_UP_DISK = 3
 DISK_OK, DISK_FULL, DISK_FAILED = "OK", "FULL", "FAILED"
 
 
@@ -77,6 +79,7 @@ class Table:
         self.limits = Limits()
         self.open_chunks = OpenChunks()
         self.disk_error = ""
+        self._given_up_in_a_row = 0
         self.bytes_read = 0
         self.bytes_written = 0
         self.highest_chunk = 0
@@ -219,6 +222,8 @@ class Table:
         """A write, sync or seal failed: what the file holds is no longer known. Never tried again into success."""
         if replica.state not in (ReplicaState.OPEN, ReplicaState.FROZEN):
             return
+        if error.errno not in FULL_ERRNOS:
+            self._given_up_in_a_row += 1
         log.error("giving up a replica", chunk=f"{replica.chunk:x}", reason=error.strerror or str(error))
         self.disk.step("fail:before-rename")
         try:
@@ -238,6 +243,12 @@ class Table:
             cancel_queue(writing, failure_of(replica, "an append before it failed"))
             writing.changed.unpark_all()
         self.on_change(replica)
+        if self._given_up_in_a_row >= GIVEN_UP_DISK:
+            self.disk_failed(f"{GIVEN_UP_DISK} replicas in a row could not be written or synced")
+
+    def synced(self) -> None:
+        """Something was put on stable storage: the disk is not altogether broken."""
+        self._given_up_in_a_row = 0
 
     def _remove_given_up(self, replica: Replica, error: OSError) -> None:
         """Its file cannot be renamed. On a full disk it is removed instead: nobody would read it."""

@@ -323,6 +323,20 @@ async def test_disk_has_failed_when_not_even_the_rename_works(start_node: StartN
         await refused(ErrorCode.DISK_FAILED, Writer(CHUNK + 1).send(pool, a.peer, b"data"))
 
 
+async def test_a_disk_on_which_one_replica_after_the_other_fails_has_failed(start_node: StartNode, pool: Pool) -> None:
+    async with start_node(wrap=FaultyDisk) as a:
+        for number, good in enumerate([False, False, True, False, False, False]):
+            assert a.store.table.disk_state == "OK"
+            if good:
+                await Writer(CHUNK + number).send(pool, a.peer, b"data", sync=True)
+                continue
+            faulty(a).faults["sync"] = [errno.EIO]
+            await refused(ErrorCode.REPLICA_FAILED, Writer(CHUNK + number).send(pool, a.peer, b"data", sync=True))
+        assert a.store.table.disk_state == "FAILED"
+        await refused(ErrorCode.DISK_FAILED, Writer(CHUNK + 9).send(pool, a.peer, b"data"))
+        assert (await pool.read(a.peer, CHUNK + 2, 0, 4)).payload == b"data"
+
+
 async def test_read_error_is_reported_at_once(start_node: StartNode, pool: Pool) -> None:
     async with start_node(wrap=FaultyDisk) as a:
         await Writer(CHUNK).send(pool, a.peer, b"data")
