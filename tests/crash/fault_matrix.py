@@ -318,8 +318,9 @@ def in_child(function: Callable[..., str], *arguments: object) -> str:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
+        nowhere = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
-            os.close(descriptor)
+            os.dup2(nowhere, descriptor)
         os.write(writer, function(*arguments).encode()[:60_000])
         os._exit(0)
     os.close(writer)
