@@ -114,6 +114,10 @@ def test_a_chunkserver_is_slow_in_the_middle_of_a_write(own_cluster: RealCluster
             name, port = f"chunkserver{number}", own_cluster.wanted.chunkserver_port(number)
             proxies[name] = stack.enter_context(proxying(Proxy(ELSEWHERE, port, HOST)))
             own_cluster.restart(name, advertise=ELSEWHERE)
+        wait_until(
+            lambda: all(s.host == ELSEWHERE and s.state == "UP" for s in own_cluster.status().servers),
+            "all are behind it",
+        )
         # The old mount remembers that they were all away a moment ago.
         own_cluster.remount()
         appender = Appender(path)
