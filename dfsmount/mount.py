@@ -4,6 +4,7 @@ The order matters: whatever can be wrong is found before the kernel is asked to 
 the mounted directory has answered; and the end writes everything before the session is closed.
 """
 
+import errno
 import gc
 import os
 import resource
@@ -11,6 +12,8 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -352,10 +355,20 @@ def _captured_errors() -> Iterator[list[str]]:
             said[0] = lines[-1].strip() if lines else ""
 
 
+_ASK = "import os, sys; os.statvfs(sys.argv[1]); print(os.stat(sys.argv[1]).st_dev)"
+
+
 def _ask_mount(mountpoint: Path) -> int:
-    """Makes sure that the mount answers; its device number."""
-    os.statvfs(mountpoint)
-    return mountpoint.stat().st_dev
+    """Makes sure that the mount answers; its device number.
+
+    Asked by a process of its own: a thread of ours that waits in the kernel for our own answer would outlive SIGKILL,
+    keep /dev/fuse open, and leave a mount on which everything hangs and a process that nothing ends.
+    """
+    command = [sys.executable, "-I", "-S", "-c", _ASK, str(mountpoint)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(errno.EIO, (done.stderr.strip().splitlines() or ["the mount does not answer"])[-1])
+    return int(done.stdout)
 
 
 def _raise_read_ahead(device: int) -> None:
