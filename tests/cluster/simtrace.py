@@ -39,6 +39,7 @@ EXPECTED_ERRORS = frozenset(
         "no space for a snapshot file",
         "attributes of a file could not be set",
         "a cleaning cannot go on",
+        "a copy of this server's identity cannot be used",
         "there is space again",
         "an answered change that was lost cannot be done again",
     }

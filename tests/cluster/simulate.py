@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -27,6 +28,8 @@ from simcluster import Cluster, Plan  # noqa: E402
 from simfaults import FAULTS, MINOR_FAULTS, befall  # noqa: E402
 from siminvariants import check_at_rest  # noqa: E402
 from simtrace import Trace  # noqa: E402
+
+from dfsmount.chunkwriter import Sent  # noqa: E402
 
 # Virtual seconds after which a run is stuck.
 LONGEST_SECONDS = 900.0
@@ -57,7 +60,7 @@ def simulate(
     began = time.monotonic()
     trace = Trace(verbose)
     end = [0.0]
-    with trace.logging():
+    with trace.logging(), broken(sabotage):
         try:
             determinism.run(seed, _run, seed, trace, sabotage, faults, big, end)
         except BaseException as error:
@@ -69,6 +72,23 @@ def simulate(
     gc.collect()
     tail = trace.lines[-LAST_EVENTS:]
     return Result(seed, trace.violations, trace.hash, tail, dict(trace.counts), end[0], time.monotonic() - began)
+
+
+@contextmanager
+def broken(sabotage: frozenset[str]) -> Iterator[None]:
+    """Breaks on purpose what is broken in the code itself, not in the simulated world (see ``World.sabotage``)."""
+
+    async def at_once(self: Sent) -> None:
+        """Commits before the servers have acknowledged the append."""
+        await trio.lowlevel.checkpoint()
+
+    kept = Sent.acknowledged
+    if "early-commit" in sabotage:
+        Sent.acknowledged = at_once  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        Sent.acknowledged = kept  # type: ignore[method-assign]
 
 
 async def _run(

@@ -58,7 +58,7 @@ def test_other_seed_other_run() -> None:
     assert simulate.simulate(3).hash != simulate.simulate(4).hash
 
 
-@pytest.mark.parametrize("sabotage", ["chunk-sync", "meta-sync"])
+@pytest.mark.parametrize("sabotage", ["chunk-sync", "meta-sync", "early-commit"])
 def test_sabotage_is_noticed(sabotage: str) -> None:
     """Who would not notice a broken promise here proves nothing by being content."""
     faults = ["cut_all", "cut_one"]
