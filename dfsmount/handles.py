@@ -73,7 +73,8 @@ class FileHandle:
         self.file = file
         self.writing = writing
         self.durable_writes = durable_writes
-        self.errors_seen = file.state.error_count
+        # Not those that nobody has heard of: whoever had the file open before may have closed it too early for that.
+        self.errors_seen = file.told
         self.read_ahead = ReadAhead()
 
     def raise_new_error(self) -> None:
@@ -190,6 +191,9 @@ class OpenFiles:
         file = self._files.get(inode.ino)
         if file is None:
             file = self._files[inode.ino] = inode.opened = OpenFile(inode, make_state())
+            lost, inode.lost = inode.lost, None
+            if lost is not None:
+                file.state.fail(lost)
         return file
 
     def note_made(self, file: OpenFile, parent: int, name: bytes) -> None:

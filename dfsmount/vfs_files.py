@@ -131,7 +131,9 @@ class Files:
                 core.deferred.send(file)
                 if file.state.is_dirty:
                     core.writer.flush_soon(file.state)
-        handle.raise_new_error()
+        if handle.writing:
+            # A reader's close tells nobody, and must not take the error from those who ask for it.
+            handle.raise_new_error()
 
     def release(self, number: int) -> None:
         """The last descriptor of a handle is gone."""

@@ -51,7 +51,7 @@ class FileModel:
         allowed = self.since(floor)
         if content in allowed:
             return True
-        return (mixed or self.torn) and is_mixture(content, allowed)
+        return (mixed or self.torn) and is_mixture(content, allowed, any_length=mixed)
 
     def adopt(self, content: bytes) -> None:
         """After a loss: this is what it is now. What is durable remains so."""
@@ -64,9 +64,11 @@ class FileModel:
         self.torn = False
 
 
-def is_mixture(content: bytes, versions: list[bytes]) -> bool:
-    """Whether each byte is that of one of the versions (which are zero past their ends)."""
-    if len(content) not in {len(version) for version in versions}:
+def is_mixture(content: bytes, versions: list[bytes], *, any_length: bool = False) -> bool:
+    """Whether each byte is that of one of the versions (which are zero past their ends), and the length, too."""
+    if len(content) > max(map(len, versions), default=0):
+        return False
+    if not any_length and len(content) not in {len(version) for version in versions}:
         return False
     size = len(content)
     padded = [version[:size].ljust(size, b"\0") for version in versions]

@@ -558,3 +558,28 @@ async def test_an_open_whose_answer_did_not_come_is_deregistered(
     made = (await remote.lookup(a.root, b"g")).attributes.ino
     assert openers(plant, made) == {a.meta.session: True}
     await eventually(lambda: not openers(plant, made))
+
+
+async def test_fsync_tells_what_was_lost_before_the_file_was_opened(a: TestMount) -> None:
+    """Written, closed, lost, opened, synced: the fsync must not say that all is well."""
+    for deregistered in (False, True):
+        name = b"file%d" % deregistered
+        ino, handle = await a.create(name, b"lost")
+        await a.close(handle)
+        a.writer.broken = DfsError(ErrorCode.NO_SPACE)
+        await a.core.flush(ino)
+        a.writer.broken = None
+        if deregistered:
+            await a.vfs._close_now()
+            assert a.core.files.get(ino) is None
+        reader = await a.files.open(ino, RDONLY)
+        await a.close(reader.number)
+        opened = await a.files.open(ino, RDWR)
+        with pytest.raises(DfsError) as caught:
+            await a.files.fsync(opened.number)
+        assert code_of(caught.value) is ErrorCode.NO_SPACE
+        await a.files.fsync(opened.number)
+        await a.close(opened.number)
+        again = await a.files.open(ino, RDWR)
+        await a.files.fsync(again.number)
+        await a.close(again.number)
