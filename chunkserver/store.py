@@ -4,7 +4,7 @@ Appending is in ``appends``, reading and verifying in ``reads``; here is what en
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from chunkserver import chunkfile
 from chunkserver.appends import Appends
@@ -13,6 +13,7 @@ from chunkserver.disk import File
 from chunkserver.index import Index
 from chunkserver.protocol import Progress
 from chunkserver.reads import Reads
+from chunkserver.recovery import FAILED_SUFFIX
 from chunkserver.replica import Replica, ReplicaState
 from chunkserver.table import FULL_ERRNOS, Table, cancel_queue, parent
 from metaserver.errors import DfsError, ErrorCode
@@ -164,6 +165,9 @@ class Store:
     def _unlink(self, path: str) -> None:
         self.table.disk.step("delete:before-unlink")
         self.table.disk.unlink(path)
+        # What was given up before this one was copied here may have come back in a power cut, or been unreadable.
+        with suppress(FileNotFoundError):
+            self.table.disk.unlink(path + FAILED_SUFFIX)
 
     def adopt(self, replica: Replica) -> None:
         """Takes in a sealed replica whose file was just completed, in place of the one that was there."""
