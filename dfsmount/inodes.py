@@ -197,6 +197,11 @@ class InodeTable:
             del self._inodes[ino]
 
     def drop_unused(self, inode: Inode) -> None:
-        """Forgets an inode that neither the kernel nor an open file refers to."""
-        if inode.lookups == 0 and inode.opened is None and self._inodes.pop(inode.ino, None) is not None:
+        """Forgets an inode that neither the kernel nor an open file refers to, and of which nothing is left to tell."""
+        if (
+            inode.lookups == 0
+            and inode.opened is None
+            and inode.lost is None
+            and self._inodes.pop(inode.ino, None) is not None
+        ):
             self._left(inode.ino)

@@ -572,6 +572,7 @@ async def test_fsync_tells_what_was_lost_before_the_file_was_opened(a: TestMount
         if deregistered:
             await a.vfs._close_now()
             assert a.core.files.get(ino) is None
+            a.vfs.forget(ino, 1)
         reader = await a.files.open(ino, RDONLY)
         await a.close(reader.number)
         opened = await a.files.open(ino, RDWR)
