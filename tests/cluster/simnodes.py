@@ -4,6 +4,7 @@ import os
 import shutil
 import stat
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -316,6 +317,8 @@ class MetaNode(SimNode):
 
     def remove(self) -> None:
         shutil.rmtree(self.world.directory, ignore_errors=True)
+        with suppress(OSError):  # others of this process are not done
+            self.world.directory.parent.rmdir()
 
 
 class SimMailbox(Mailbox):
