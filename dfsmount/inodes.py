@@ -36,6 +36,7 @@ class Inode:
 
     ``kernel_version``: the data version whose contents the kernel's page cache may hold; -1: none.
     ``shown_size``: the size the kernel was told last; -1: none. ``parent`` is known (not 0) for most directories.
+    ``gone``: its last name was removed here.
     ``lost``: written bytes of it are lost, and no handle was left to tell of that.
     ``opened`` is there while this mount has the inode open or dirty, or has not deregistered it yet.
     """
@@ -45,6 +46,7 @@ class Inode:
         "believed_until",
         "changed_at",
         "doubted_at",
+        "gone",
         "ino",
         "kernel_version",
         "lookups",
@@ -63,6 +65,7 @@ class Inode:
         self.doubted_at = NEVER
         self.kernel_version = -1
         self.lookups = 0
+        self.gone = False
         self.lost: DfsError | None = None
         self.opened: OpenFile | None = None
         self.parent = 0

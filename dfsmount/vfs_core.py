@@ -17,6 +17,7 @@ from dfsmount.jobs import Jobs
 from dfsmount.reader import Reader
 from dfsmount.remote import Remote
 from dfsmount.writer import Writer
+from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import Attributes, Entry, FileMap, Made, Make
 
 # What stdio and cp take as the size of their buffers; also the unit of verification.
@@ -116,7 +117,15 @@ class Core:
         if inode is not None:
             return inode
         asked_at = self.inodes.now()
-        entry = await self.remote.get_attributes(ino)
+        try:
+            entry = await self.remote.get_attributes(ino)
+        except DfsError as error:
+            inode = self.inodes.get(ino)
+            if error.code is not ErrorCode.STALE_INODE or inode is None or not inode.gone:
+                raise
+            # Somebody has a descriptor of it that was never opened here: a FIFO, or one of O_PATH.
+            inode.attributes = msgspec.structs.replace(inode.attributes, nlink=0)
+            return inode
         return self.learn(entry, asked_at)
 
     def show(self, inode: Inode) -> Shown:
@@ -237,6 +246,9 @@ class Core:
 
     def lost_last_name(self, ino: int) -> None:
         """The inode has no name any more: nobody will ever want its dirty data unless it is open."""
+        inode = self.inodes.get(ino)
+        if inode is not None:
+            inode.gone = True
         file = self.files.get(ino)
         if file is not None:
             file.unlinked = True

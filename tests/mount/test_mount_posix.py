@@ -185,6 +185,25 @@ def test_a_large_directory(place: Path) -> None:
     assert len(os.listdir(place)) == 1500
 
 
+def test_what_was_never_opened_but_held_outlives_its_name(place: Path) -> None:
+    os.mkfifo(place / "fifo")
+    (place / "link").symlink_to("x")
+    (place / "f").write_text("x")
+    held = [os.open(place / "fifo", os.O_RDONLY | os.O_NONBLOCK), os.open(place / "link", os.O_PATH | os.O_NOFOLLOW)]
+    held.append(os.open(place / "f", os.O_PATH))
+    for name in ("fifo", "link", "f"):
+        (place / name).unlink()
+        fails(errno.ENOENT, os.lstat, place / name)
+    assert [os.fstat(descriptor).st_nlink for descriptor in held] == [0, 0, 0]
+    assert [stat.S_IFMT(os.fstat(descriptor).st_mode) for descriptor in held] == [
+        stat.S_IFIFO,
+        stat.S_IFLNK,
+        stat.S_IFREG,
+    ]
+    for descriptor in held:
+        os.close(descriptor)
+
+
 def test_a_file_opened_for_reading_is_truncated_if_asked(place: Path) -> None:
     (place / "f").write_text("something")
     os.close(os.open(place / "f", os.O_RDONLY | os.O_TRUNC))
