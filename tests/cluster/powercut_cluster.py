@@ -5,6 +5,7 @@
 metaserver knows what may be gone. After :meth:`PowerCluster.survive` instead it was only the processes that died.
 """
 
+import os
 import threading
 import time
 import traceback
@@ -34,6 +35,8 @@ from metaserver.protocol import Status
 HOST = "127.0.0.1"
 READY_SECONDS = 60.0
 REPORTER_SECONDS = 20.0
+# What was cancelled ends at once but for threads that are at work.
+END_SECONDS = 60.0
 # Small, so that a second of work fills segments, writes checkpoints, makes snapshots and grows the map.
 OPTIONS = Options(
     checkpoint_seconds=0.15,
@@ -204,7 +207,9 @@ class PowerCluster:
             volume.resume()
 
     async def _ended(self) -> None:
-        await self._over.wait()
+        with trio.move_on_after(END_SECONDS) as scope:
+            await self._over.wait()
+        assert not scope.cancelled_caught, "a server does not end:\n" + "\n".join(waiting_tasks())
         await trio.to_thread.run_sync(wait_for_reporters)
 
     def _settle(self) -> list[str]:
@@ -219,6 +224,23 @@ class PowerCluster:
             self.store_losses += self._files.store_losses
         self._volumes.clear()
         return broken
+
+
+def waiting_tasks() -> list[str]:
+    """Every task there is, and where it waits."""
+    lines: list[str] = []
+
+    def walk(task: trio.lowlevel.Task, depth: int) -> None:
+        places = [f"{os.path.basename(frame.f_code.co_filename)}:{line}" for frame, line in task.iter_await_frames()]
+        lines.append("  " * depth + f"{task.name}: {' > '.join(places)}")
+        for nursery in task.child_nurseries:
+            for child in nursery.child_tasks:
+                walk(child, depth + 1)
+
+    root = trio.lowlevel.current_root_task()
+    assert root is not None
+    walk(root, 0)
+    return lines
 
 
 def wait_for_reporters() -> None:
