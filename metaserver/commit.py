@@ -213,6 +213,12 @@ class Committer(Engine):
             )
 
 
+async def _run_engine(committer: Committer, scope: trio.CancelScope) -> None:
+    with scope:
+        chores = (upkeep.keep_snapshots, upkeep.keep_verified)
+        await committer.run(*(partial(chore, committer) for chore in chores))
+
+
 @asynccontextmanager
 async def open_committer(
     directory: Path,
@@ -236,13 +242,16 @@ async def open_committer(
     ended = False
     try:
         async with trio.open_nursery() as nursery:
-            chores = (upkeep.keep_snapshots, upkeep.keep_verified)
-            nursery.start_soon(committer.run, *(partial(chore, committer) for chore in chores))
+            # Not cancelled before the block has ended: somebody there may have to wait until a change is durable.
+            engine_scope = trio.CancelScope(shield=True)
+            nursery.start_soon(_run_engine, committer, engine_scope)
             try:
                 yield committer
             except BaseException as error:
                 ended = is_cancellation(error)
                 raise
+            finally:
+                engine_scope.cancel()
             ended = True
             nursery.cancel_scope.cancel()
     finally:

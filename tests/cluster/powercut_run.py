@@ -121,9 +121,10 @@ class PowerCuts:
             while self.points < points and not self.broken:
                 await self._one_point(nursery)
             if self.broken:
-                survivor.client.die()
-            await survivor.end()
-            self.broken += [f"survivor met an error: {error}" for error in survivor.load.errors]
+                survivor.client.die()  # it would wait for servers that do not come
+            else:
+                await survivor.end()
+                self.broken += [f"survivor met an error: {error}" for error in survivor.load.errors]
         if not self.broken:
             await self._verify_everything()
 
@@ -174,10 +175,10 @@ class PowerCuts:
                 await self._kill(nursery)
                 await trio.sleep(self.random.uniform(*AFTER_KILL_SECONDS))
             self._cut()
-            client.die()
-            await worker.end()
-            self.broken += worker.load.broken
-            self.steps += worker.load.steps
+            client.die()  # which leaves this block
+        await worker.end()
+        self.broken += worker.load.broken
+        self.steps += worker.load.steps
         await self._restart(nursery)
 
     def _cut(self) -> None:

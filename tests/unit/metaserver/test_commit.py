@@ -225,6 +225,21 @@ async def test_a_deletion_is_waited_for_too(tmp_path: Path, gate: Gate) -> None:
         gate.open.set()
 
 
+async def test_who_must_wait_is_not_left_waiting_by_a_cancellation(tmp_path: Path) -> None:
+    """Whoever has decided something waits, shielded, until it is durable: the log is synced as long as anybody does."""
+    with trio.fail_after(20), trio.CancelScope() as scope:
+        async with open_committer(tmp_path) as committer:
+            prepare(committer)
+            scope.cancel()
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.05)
+                create(committer, b"decided")
+                await committer.wait_durable(committer.newest)
+    async with open_committer(tmp_path) as committer:
+        assert b"decided" in names(committer)
+        assert not committer.boot_lost_tail
+
+
 async def test_waiters_wake_together(tmp_path: Path, gate: Gate) -> None:
     async with open_committer(tmp_path, options=QUIET, files=gate) as committer:
         prepare(committer)
