@@ -210,6 +210,9 @@ class Lane:
             chunk = await self._next_chunk(batch, give_up_at, since + self._writer.no_space_seconds)
         except DfsError as error:
             self._failing_since = since
+            if not self._todo or self._todo[0] is not batch:
+                # Meanwhile older ones have come back, which are to be sent first, or the session has ended.
+                return
             if error.code is ErrorCode.NO_SPACE and len(batch.items) > 1:
                 # There may be space for a part of it.
                 self._todo.insert(1, batch.halve())
