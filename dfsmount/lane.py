@@ -347,6 +347,10 @@ class Lane:
     async def _commit_each(self, items: list[Placed]) -> None:
         """One of the files is refused: the others need not suffer."""
         for each in items:
+            if each[1].layer.doomed:
+                # By the one before it, just now.
+                self._settle(each[1], None)
+                continue
             try:
                 self._committed([each], await self._ask([each]))
             except DfsError as error:

@@ -60,3 +60,20 @@ async def test_nothing_of_a_session_that_is_over_is_sent(autojump_clock: trio.te
         await bench.writer.flush(first)
         assert bench.meta.content(first.ino) == b"again"
         assert bench.meta.content(file.ino) == b""
+
+
+async def test_a_commit_that_is_refused_in_part_leaves_no_hole(autojump_clock: trio.testing.MockClock) -> None:
+    """Both layers of a file in one commit, refused; then each alone: the first refused, and there is space again."""
+    async with open_bench() as bench:
+        file, other = bench.create(), bench.create()
+        await bench.writer.write(file, 0, b"1" * MIB)
+        file.dirty.close()
+        await bench.writer.write(file, MIB, b"2" * MIB)
+        await bench.writer.write(other, 0, b"other")
+        refusal = DfsError(ErrorCode.NO_SPACE)
+        bench.meta.errors["commit"].extend([refusal, refusal])
+        await bench.writer.flush_all()
+        assert file.error is not None
+        assert bench.meta.content(file.ino) == b""
+        assert file.size == 0
+        assert bench.meta.content(other.ino) == b"other"
