@@ -69,11 +69,13 @@ class Files:
         return descriptor
 
     def recycle(self, old: Path, path: Path, head: bytes, size: int) -> int:
-        """As :meth:`create`, in the blocks of an old file of at least that size: needs no space. A crash in between
-        leaves the new file or neither."""
+        """As :meth:`create`, in the blocks of an old file of at least that size: needs no space. A crash or power
+        cut in between leaves the old file, the new one, or neither."""
         self.step("segment:before-recycle")
         temporary = path.with_name(path.name + ".new")
         os.rename(old, temporary)
+        # First: otherwise a power cut could leave the new contents under the old name.
+        self.sync_directory(path.parent)
         descriptor = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
         try:
             self._write(descriptor, head, 0)

@@ -10,9 +10,13 @@ import pytest
 import trio
 from engine_rows import create, names, prepare
 
+from metaserver.changelog import Changelog, epoch_logs, find_firsts, list_segments
 from metaserver.commit import Committer, open_committer
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.files import Files
+from metaserver.logrecord import Position
+from metaserver.overlay import row_key
+from metaserver.replay import replay
 from metaserver.schema import Table
 from metaserver.snapshot import list_snapshots
 from metaserver.start import SNAPSHOTS_NAME, Options
@@ -134,6 +138,72 @@ async def test_starts_on_a_full_disk_need_no_reserve(tmp_path: Path) -> None:
     async with open_committer(tmp_path, options=OPTIONS) as committer:
         found, _ = committer.read(0, lambda tx: tx.get(Table.XATTRS, b"life"))
         assert found == b"5"
+
+
+class Journal(Files):
+    """A directory whose renames a power cut undoes unless the directory was synced; written bytes may stay."""
+
+    def __init__(self) -> None:
+        super().__init__(self._at)
+        self.renamed: list[tuple[Path, Path]] = []
+        self.cut_at = ""
+
+    def _at(self, name: str) -> None:
+        if name == "segment:before-recycle":
+            self.renamed.clear()
+        if name == self.cut_at:
+            raise PowerCut
+
+    def sync_directory(self, path: Path) -> None:
+        super().sync_directory(path)
+        self.renamed.clear()
+
+
+class PowerCut(BaseException):
+    """Nothing is done any more."""
+
+
+@pytest.mark.parametrize("step", ["segment:before-sync", "segment:before-rename"])
+def test_a_power_cut_while_a_segment_is_used_again_leaves_a_log_that_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    files = Journal()
+    log = Changelog(tmp_path, [], 1, Position(0, 0), files, SEGMENT)
+    number = 0
+    while len(log.kept) < 3:
+        number += 1
+        log.append(number, number - 1, 0, 0, 0, {row_key(Table.XATTRS, b"key"): bytes(1000)})
+    batch = log.unsynced()
+    log.sync(batch)
+    log.synced(batch)
+    log.obsolete = Position(1, number)
+    monkeypatch.setattr(files, "create", lambda *_: raise_full())
+    rename = os.rename
+
+    def note(old: Path, new: Path) -> None:
+        rename(old, new)
+        files.renamed.append((old, new))
+
+    monkeypatch.setattr("os.rename", note)
+    # What the dying process would tidy up is not done after a power cut.
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    files.cut_at = step
+    log._next = None
+    with pytest.raises(PowerCut):
+        log.prepare(recycling=True)
+    for old, new in reversed(files.renamed):
+        rename(new, old)
+    for leftover in tmp_path.glob("*.new"):
+        os.unlink(leftover)
+    segments = list_segments(tmp_path)
+    find_firsts(segments)
+    logs = epoch_logs(segments, Position(1, number))
+    assert replay(Position(1, number), logs, lambda _: None).end == (1, number)
+    log.close()
+
+
+def raise_full() -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 async def test_a_map_that_cannot_grow_ends_the_engine_with_a_clear_line(
