@@ -32,7 +32,8 @@ CHUNK_MOVES: dict[ChunkState, frozenset[ChunkState]] = {
     ChunkState.DEAD: frozenset(),
 }
 
-# A replica that is BAD is never trusted again: it is deleted, or its server shows a right one in a later report.
+# A replica that is BAD is not trusted again before it was read back: it is deleted or replaced, or its server shows
+# one that looks right in a later report.
 REPLICA_MOVES: dict[ReplicaState, frozenset[ReplicaState]] = {
     ReplicaState.GOOD: frozenset({ReplicaState.UNSURE, ReplicaState.BAD, ReplicaState.DELETING}),
     ReplicaState.UNSURE: frozenset({ReplicaState.GOOD, ReplicaState.BAD, ReplicaState.DELETING}),

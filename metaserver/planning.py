@@ -131,12 +131,13 @@ def _places(members: Members, servers: Sequence[int]) -> list[Candidate]:
 
 
 def _settle(chunk: int, up: Replicas, members: Members, hints: Hints) -> Step | None:
-    """Replicas that are to be sealed, or of which it is not known whether they are right."""
+    """Replicas that are to be sealed, or of which it is not known whether they are right. Sealing reads nothing back
+    that this life of the server has written: a doubt is settled by reading only."""
     for server, replica in up:
-        unsure = replica.state == ReplicaState.UNSURE
-        if unsure and (chunk, server) in hints.suspects:
+        unsure, unsealed = replica.state == ReplicaState.UNSURE, chunk in members.by_id[server].unsealed
+        if unsure and (not unsealed or (chunk, server) in hints.suspects):
             return Step(Kind.VERIFY, server)
-        if unsure or (replica.good and chunk in members.by_id[server].unsealed):
+        if unsealed and (unsure or replica.good):
             return Step(Kind.SEAL, server)
     return None
 

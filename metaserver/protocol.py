@@ -141,7 +141,8 @@ class ChunkState(IntEnum):
 
 
 class ReplicaState(IntEnum):
-    """GOOD counts as a copy; UNSURE does not until its next report; COPYING and DELETING are orders under way."""
+    """GOOD counts as a copy; UNSURE does not until it was sealed or verified; COPYING and DELETING are orders under
+    way; BAD is useless as a whole."""
 
     GOOD = 1
     UNSURE = 2

@@ -238,10 +238,19 @@ class Repair:
         self._committer.change(0, 0, lambda tx, _: _apply_result(tx, server, order, result), frees=True)
         if order.kind == OrderKind.SEAL and not result.error:
             self._members.by_id[server].unsealed.discard(order.chunk)
-        if order.kind in (OrderKind.VERIFY, OrderKind.DELETE):
-            self._suspects.discard((order.chunk, server))
-            self._members.by_id[server].unsealed.discard(order.chunk)
+        self._settled(order, server, result)
         self.look_at(order.chunk)
+
+    def _settled(self, order: Order, server: int, result: OrderResult) -> None:
+        """What is known now of a replica that was to be verified or deleted."""
+        unsealed = self._members.by_id[server].unsealed
+        if order.kind == OrderKind.DELETE:
+            self._suspects.discard((order.chunk, server))
+            unsealed.discard(order.chunk)
+        elif order.kind == OrderKind.VERIFY and (not result.error or result.error in _USELESS):
+            self._suspects.discard((order.chunk, server))
+            if not result.error and result.replica is not None and not result.replica.sealed:
+                unsealed.add(order.chunk)  # its bytes are right, and perhaps in memory only
 
     def _failed(self, outstanding: Outstanding, result: OrderResult) -> None:
         order, server = outstanding.order, outstanding.server
@@ -490,7 +499,9 @@ def _apply_result(tx: Transaction, server: int, order: Order, result: OrderResul
         return
     if not result.error:
         found = result.replica
-        right = found is None or reports.matches(row, found.length, found.entries, found.chain)
+        if order.kind == OrderKind.VERIFY and found is not None and not found.sealed:
+            return  # it may be longer than the chunk, and need not be on the disk: that is the seal's matter
+        right = found is None or (not found.error and reports.matches(row, found.length, found.entries, found.chain))
         chunks.move_replica(replica, ReplicaState.GOOD if right else ReplicaState.BAD)
         replica.length, replica.entries, replica.chain = row.length, row.entries, row.chain
     elif order.kind == OrderKind.COPY and order.replace:

@@ -3,6 +3,9 @@
 A replica has the committed bytes with the right chain, or it is useless: shorter or different is BAD. What is not
 sealed is compared by the order to seal it: it may be longer and right up to the committed length, and a listing may be
 from before commits that were faster than it.
+
+A report speaks of headers and indexes. What was doubted or found bad is not made good by it: a chunkserver forgets at a
+restart what damage it has found. It is UNSURE until it was read back.
 """
 
 from collections.abc import Sequence
@@ -101,10 +104,8 @@ def _next_state(row: Chunk, old: ReplicaState, report: ReplicaReport) -> Replica
         return ReplicaState.GOOD if done else old
     if _useless(row, report):
         return ReplicaState.BAD
-    if row.state == ChunkState.SEALED and matches(row, report.length, report.entries, report.chain):
-        return ReplicaState.GOOD
-    if old is ReplicaState.BAD and row.state == ChunkState.SEALED and not report.sealed:
-        # It was missing in a listing and has come after all.
+    if old is ReplicaState.BAD and row.state == ChunkState.SEALED:
+        # It was missing in a listing and has come after all; or its server has forgotten the damage.
         return ReplicaState.UNSURE
     return old
 

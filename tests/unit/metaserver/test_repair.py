@@ -29,6 +29,8 @@ class Obedient:
         self.idle: set[int] = set()
         self.done: list[tuple[OrderKind, int, int]] = []
         self.fail: dict[tuple[OrderKind, int], str] = {}
+        # As it is in truth: verifying neither seals nor syncs.
+        self.verify_only_reads = False
 
     async def run(self, seconds: int) -> None:
         results: dict[int, list[OrderResult]] = {number: [] for number in self.servers}
@@ -49,6 +51,8 @@ class Obedient:
         if order.kind == OrderKind.DELETE:
             server.replicas.pop(order.chunk, None)
             return OrderResult(order.order, order.epoch, "")
+        if order.kind == OrderKind.VERIFY and self.verify_only_reads:
+            return OrderResult(order.order, order.epoch, "", "", server.replicas[order.chunk])
         if order.kind == OrderKind.COPY:
             assert order.chunk in self.servers[order.source_server].replicas
         server.replicas[order.chunk] = replica
@@ -241,8 +245,12 @@ async def test_what_is_missing_or_different_at_a_registration(
         await holder.start()
         assert states(metaserver, one)[holder.number] is ReplicaState.BAD
         assert states(metaserver, two).get(holder.number, ReplicaState.BAD) is ReplicaState.BAD
-        # It turns up again, and is right.
-        await holder.beat(changes=[ReplicaReport(one, 100, 1, 77, True)])
+        # It turns up again, and is right, which is to be seen first.
+        holder.replicas[one] = ReplicaReport(one, 100, 1, 77, True)
+        await holder.beat(changes=[holder.replicas[one]])
+        assert states(metaserver, one)[holder.number] is ReplicaState.UNSURE
+        await servers.run(10)
+        assert (OrderKind.VERIFY, one, holder.number) in servers.done
         assert states(metaserver, one)[holder.number] is ReplicaState.GOOD
         await holder.beat(gone=[one])
         assert states(metaserver, one)[holder.number] is ReplicaState.BAD

@@ -1,0 +1,105 @@
+"""What was found wrong, or was never made durable, counts again only once it was read back.
+
+Each of these began as a way to lose data that a review found.
+"""
+
+from pathlib import Path
+
+import pytest
+import trio.testing
+from running_metaserver import running
+from test_repair import states, three, written
+
+from metaserver import protocol
+from metaserver.errors import ErrorCode
+from metaserver.protocol import OrderKind, ReplicaReport, ReplicaState
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+async def test_damage_is_not_forgotten_when_a_chunkserver_restarts(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A start looks at headers and indexes only: what the scrubber had found rotten looks right again."""
+    async with running(data) as metaserver:
+        mount, world = await three(metaserver)
+        chunk = await written(mount, world.servers)
+        await world.run(8)
+        rotten, _ = sorted(states(metaserver, chunk))
+        server = world.servers[rotten]
+        await server.beat(changes=[ReplicaReport(chunk, 100, 1, 77, True, ErrorCode.BAD_CHECKSUM.name)])
+        assert states(metaserver, chunk)[rotten] is ReplicaState.BAD
+        await server.start()
+        assert states(metaserver, chunk)[rotten] is ReplicaState.UNSURE
+        world.fail[(OrderKind.VERIFY, rotten)] = ErrorCode.BAD_CHECKSUM.name
+        await world.run(30)
+        assert (OrderKind.VERIFY, chunk, rotten) in world.done
+        good = {number for number, each in states(metaserver, chunk).items() if each is ReplicaState.GOOD}
+        assert good == {1, 2, 3} - {rotten}
+
+
+async def test_a_mounts_doubt_outlives_registrations(data: Path, autojump_clock: trio.testing.MockClock) -> None:
+    async with running(data) as metaserver:
+        mount, world = await three(metaserver)
+        chunk = await written(mount, world.servers)
+        await world.run(8)
+        wrong, _ = sorted(states(metaserver, chunk))
+        doubt = protocol.ReportReplica(chunk, wrong, ErrorCode.BAD_CHECKSUM, "a block differs")
+        await mount.call(protocol.REPORT_REPLICA, doubt)
+        await mount.sync()
+    # The metaserver has not heard of the doubt in this life, and the index of the replica is right.
+    async with running(data, window_seconds=1.0) as metaserver:
+        for server in world.servers.values():
+            server.control = metaserver.parts.control
+            await server.start()
+        assert states(metaserver, chunk)[wrong] is ReplicaState.UNSURE
+        world.fail[(OrderKind.VERIFY, wrong)] = ErrorCode.BAD_CHECKSUM.name
+        world.done.clear()
+        await world.run(30)
+        assert (OrderKind.VERIFY, chunk, wrong) in world.done
+        good = {number for number, each in states(metaserver, chunk).items() if each is ReplicaState.GOOD}
+        assert good == {1, 2, 3} - {wrong}
+
+
+async def test_what_was_read_back_but_never_synced_is_sealed_before_it_counts(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A mount that sealed without this server doubts it as well; it has all bytes, but only in memory."""
+    async with running(data) as metaserver:
+        mount, world = await three(metaserver)
+        allocated = await mount.allocate()
+        chunk, (first, second) = allocated.chunk, (address.server for address in allocated.servers)
+        await mount.write(await mount.make(b"f"), chunk, 100)
+        doubt = protocol.ReportReplica(chunk, second, ErrorCode.BAD_CHECKSUM, "a block differs")
+        await mount.call(protocol.REPORT_REPLICA, doubt)
+        for number in (first, second):
+            world.servers[number].replicas[chunk] = ReplicaReport(chunk, 100, 1, 77, False)
+        await mount.call(protocol.SEAL, protocol.Seal(chunk, (second,)))
+        world.verify_only_reads = True
+        await world.run(20)
+        assert states(metaserver, chunk) == {first: ReplicaState.GOOD, second: ReplicaState.GOOD}
+        assert [each for each in world.done if each[2] == second] == [
+            (OrderKind.VERIFY, chunk, second),
+            (OrderKind.SEAL, chunk, second),
+        ]
+        assert world.servers[second].replicas[chunk].sealed
+
+
+async def test_a_verification_that_did_not_take_place_settles_nothing(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running(data) as metaserver:
+        mount, world = await three(metaserver)
+        chunk = await written(mount, world.servers)
+        await world.run(8)
+        wrong, _ = sorted(states(metaserver, chunk))
+        doubt = protocol.ReportReplica(chunk, wrong, ErrorCode.BAD_CHECKSUM, "a block differs")
+        await mount.call(protocol.REPORT_REPLICA, doubt)
+        world.fail[(OrderKind.VERIFY, wrong)] = ErrorCode.UNAVAILABLE.name
+        world.done.clear()
+        await world.run(30)
+        assert set(world.done) == {(OrderKind.VERIFY, chunk, wrong)}
+        assert states(metaserver, chunk)[wrong] is ReplicaState.UNSURE
