@@ -1,6 +1,5 @@
 """`dfs set-copies` and `dfs get-copies`: paths on a mount to inodes, and the numbers to words."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from dfsmount.dfs_api import Api
 from dfsmount.dfs_chunks import resolve
 from dfsmount.dfs_find import Access
 from dfsmount.dfs_layout import Problem
+from dfsmount.dfs_mounts import inode_below, mounts
 
 
 class PathCopies(msgspec.Struct):
@@ -36,7 +36,8 @@ def each(paths: Sequence[Path], find: Callable[[Path], Access], copies: int | No
     for given in paths:
         path = resolve(given)
         try:
-            found.append((path, find(path), os.stat(path).st_ino))
+            ino = inode_below(path, mounts())
+            found.append((path, find(path), ino))
         except OSError as error:
             raise Problem(f"cannot find {given}: {error.strerror}") from None
     shown = []

@@ -60,6 +60,19 @@ def mount_of(path: str, table: list[Mount]) -> Mount | None:
     return next((mount for mount in reversed(inside) if len(mount.point) == longest), None)
 
 
+def inode_below(path: Path, table: list[Mount]) -> int:
+    """The inode number that the cluster knows this path by; raises ``Problem`` if it is not on one of our mounts, and
+    ``OSError`` if it cannot be looked at. ``path`` is absolute and without links."""
+    mount = mount_of(str(path), table)
+    if mount is None or not mount.ours:
+        raise Problem(f"{path} is not on a mount of a cluster")
+    ino = os.stat(path).st_ino
+    if mount.point == str(path) and "/" in mount.source:
+        # The kernel calls every mounted directory inode 1.
+        raise Problem(f"{path} is a part mounted by itself: name it on a mount of the whole filesystem")
+    return ino
+
+
 def is_dead(point: str) -> bool:
     """Whether the process behind a FUSE mount is gone. Asks the filesystem, but only about itself.
 

@@ -95,6 +95,18 @@ def test_the_newest_of_two_mounts_on_one_point_counts() -> None:
     assert mount.source == "b:1"
 
 
+def test_only_paths_on_a_mount_have_an_inode_there(tmp_path: Path) -> None:
+    (tmp_path / "f").touch()
+    whole, part = Mount("h:1", str(tmp_path), "fuse.dfs"), Mount("h:1/sub", str(tmp_path), "fuse.dfs")
+    for mount in (whole, part):
+        assert dfs_mounts.inode_below(tmp_path / "f", [mount]) == (tmp_path / "f").stat().st_ino
+    assert dfs_mounts.inode_below(tmp_path, [whole]) == tmp_path.stat().st_ino
+    with pytest.raises(Problem, match="a part mounted by itself"):
+        dfs_mounts.inode_below(tmp_path, [part])
+    with pytest.raises(Problem, match="not on a mount"):
+        dfs_mounts.inode_below(tmp_path / "f", [Mount("/dev/x", "/", "ext4")])
+
+
 def test_unusable_mountpoints(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(Problem, match="is not a directory"):

@@ -11,6 +11,7 @@ from dfsmount import dfs_copies, dfs_servers
 from dfsmount.dfs_api import Api
 from dfsmount.dfs_find import Access
 from dfsmount.dfs_layout import Problem
+from dfsmount.dfs_mounts import Mount
 from dfsmount.dfs_servers import Rate
 from dfsmount.dfs_show import missing_lines, repair_text, stuck_text
 from metaserver.protocol import (
@@ -135,6 +136,10 @@ def test_copies_of_paths(access: Access, tmp_path: Path, monkeypatch: pytest.Mon
         return httpx.Response(200, content=msgspec.json.encode(CopiesStatus(1, own, 2, False, own == 3)))
 
     monkeypatch.setattr(dfs_copies, "Api", lambda access: Api(access, httpx.MockTransport(handle)))
+    # A local file has an inode number, too.
+    with pytest.raises(Problem, match="not on a mount"):
+        dfs_copies.each([path], lambda _: access, 3)
+    monkeypatch.setattr(dfs_copies, "mounts", lambda: [Mount("h:1", str(tmp_path), "fuse.dfs")])
     (shown,) = dfs_copies.each([path], lambda _: access, None)
     assert dfs_copies.wanted(shown) == "2 copies (the default)"
     (shown,) = dfs_copies.each([path], lambda _: access, 3)
