@@ -164,7 +164,8 @@ class Draining:
         member = self._members.find(text)
         name = member.row.name
         if member.up:
-            raise DfsError(ErrorCode.BUSY, f"{name} is {member.shown_state.name}: drain it and stop its service first")
+            first = "stop its service first" if member.row.draining else "drain it and stop its service first"
+            raise DfsError(ErrorCode.BUSY, f"{name} is {member.shown_state.name}: {first}")
         count, lonely, files = await self._lonely(member.server)
         if count and member.state is not ServerState.LOST:
             text = f"{name} is {member.state.name} with {count} chunks: it may come back; wait until it is LOST"
