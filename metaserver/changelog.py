@@ -183,17 +183,18 @@ def _all_records(segments: list[KeptSegment]) -> Iterator[Record]:
 def trim(segments: list[KeptSegment], files: Files) -> list[KeptSegment]:
     """Gives back the unwritten rest of segments of older epochs, and those that say nothing: a server that crashes
     again and again must not fill its disk. Returns the segments that are left."""
-    left = []
-    for index, segment in enumerate(segments):
+    left: list[KeptSegment] = []
+    for index, segment in reversed([*enumerate(segments)]):
         used = _used_bytes(segment)
         first_of_epoch = index == 0 or segments[index - 1].header.epoch != segment.header.epoch
-        if used == FIRST_RECORD and not first_of_epoch:
+        # Only at the end: segments have numbers without gaps.
+        if used == FIRST_RECORD and not first_of_epoch and not left:
             files.delete(segment.path)
             continue
         if used is not None:
             files.give_back(segment.path, used)
         left.append(segment)
-    return left
+    return left[::-1]
 
 
 def _used_bytes(segment: KeptSegment) -> int | None:

@@ -295,6 +295,29 @@ def test_older_epochs_are_trimmed_and_dropped(tmp_path: Path) -> None:
     third.close()
 
 
+def test_a_segment_that_a_power_cut_has_emptied_leaves_no_gap_in_the_names(tmp_path: Path) -> None:
+    """Nothing of the second was written yet, some of the third was."""
+    log = make_log(tmp_path)
+    append(log, 1, 30)
+    log.close()
+    kept = list_segments(tmp_path)
+    find_firsts(kept)
+    last = kept[1].first - 1
+    second = kept[1].path
+    second.write_bytes(second.read_bytes()[:FIRST_RECORD].ljust(SMALL_SEGMENT, b"\0"))
+    # Nobody was promised any of them.
+    third = kept[2]
+    header = third.path.read_bytes()[:FIRST_RECORD]
+    seed = checksum_seed(third.header.segment)
+    records = b"".join(encode(record._replace(durable=last), seed) for record in third.records())
+    third.path.write_bytes((header + records).ljust(SMALL_SEGMENT, b"\0"))
+    left = trim(kept, Files())
+    Changelog(tmp_path, left, 2, Position(1, last), Files(), SMALL_SEGMENT).close()
+    kept = list_segments(tmp_path)
+    find_firsts(kept)
+    assert replay(START, epoch_logs(kept, START), lambda _: None).end == (2, 0)
+
+
 def test_behind_damaged_headers_the_records_count(tmp_path: Path) -> None:
     log = make_log(tmp_path, 3, Position(2, 7))
     append(log, 1, 15)
