@@ -54,7 +54,7 @@ class Layer:
         self.runs = 0
         self.stop = 0
         self.taken = False
-        # An older layer was lost: it must not become part of the file.
+        # An older layer was lost: it must not become part of the file, and is not shown any more.
         self.doomed = False
 
     @property
@@ -169,8 +169,8 @@ class DirtyRuns:
 
     @property
     def stop(self) -> int:
-        """The end of the last dirty byte; 0 if nothing is dirty."""
-        return max((layer.stop for layer in self.layers), default=0)
+        """The end of the last dirty byte that may become part of the file; 0 if there is none."""
+        return max((layer.stop for layer in self.layers if not layer.doomed), default=0)
 
     @property
     def oldest(self) -> int:
@@ -271,7 +271,7 @@ class DirtyRuns:
         """What is dirty of [start, stop), in order, not overlapping, the newest bytes of each."""
         found: list[Span] = []
         for layer in self.layers:
-            spans = list(layer.spans(start, stop)) if layer.stop > start else []
+            spans = list(layer.spans(start, stop)) if layer.stop > start and not layer.doomed else []
             if spans:
                 found = _over(found, spans) if found else spans
         return found

@@ -24,7 +24,8 @@ class FileState:
     ``attributes`` are the newest the metaserver has told; ``size``, ``mtime_ns`` and ``ctime_ns`` are what this mount
     shows: ahead of the attributes while something is dirty. ``places`` says for chunks of the map which servers have
     them. ``error`` is why bytes were lost and ``error_count`` how often that happened: a handle remembers the count it
-    has reported (:meth:`error_since`), so that each handle reports each failure once. ``on_loss`` is called each time.
+    has reported (:meth:`error_since`), so that each handle reports each failure once. ``on_loss`` is called each time:
+    what is lost is not shown any more, but others may have kept what they were shown.
 
     Invariant: ``extents`` describes the contents at ``data_version`` of ``attributes``, where it is known at all.
     """
@@ -197,8 +198,8 @@ class FileState:
         if not self.dirty.done(layer):
             return False
         if error is not None:
-            self.fail(error)
             self.dirty.doom(layer)
+            self.fail(error)
         self._show()
         self.settled.unpark_all()
         return True

@@ -173,7 +173,7 @@ class Core:
         self._doubts.set()
 
     async def tell_kernel(self) -> None:
-        """Drops the kernel's caches of what others changed, for ever. Its thread may wait for reads in progress, which
+        """Drops the kernel's caches of what others changed or what was lost, for ever. Its thread may wait for reads in progress, which
         is why no handler does this."""
         while True:
             await self._doubts.wait()
@@ -236,8 +236,14 @@ class Core:
         if lost is not None:
             raise lost
 
-    def note_loss(self) -> None:
+    def note_loss(self, ino: int) -> None:
+        """Written bytes are lost: the kernel must not go on showing what will never be stored."""
         self.losses += 1
+        inode = self.inodes.get(ino)
+        if inode is not None:
+            inode.kernel_version = -1
+        self._doubted_contents.add(ino)
+        self._doubts.set()
 
     async def flush_file(self, file: OpenFile) -> None:
         await self.deferred.settle(file)

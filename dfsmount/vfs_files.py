@@ -102,7 +102,7 @@ class Files:
     def _register(self, inode: Inode, entry: Entry, writing: bool) -> OpenFile:
         """The open file, pinned."""
         core = self._core
-        file = core.files.add(inode, lambda: FileState(entry, core.note_loss))
+        file = core.files.add(inode, lambda: FileState(entry, lambda: core.note_loss(inode.ino)))
         core.files.pin(file)
         file.writing = file.writing or writing
         return file

@@ -219,6 +219,34 @@ async def test_each_handle_hears_of_a_loss_once(a: TestMount) -> None:
     await a.files.fsync(three)
 
 
+async def test_the_kernel_forgets_what_is_lost(a: TestMount) -> None:
+    """Its pages have what was written, and would show it although it will never be stored."""
+    ino, handle = await a.create(b"f", b"data")
+    a.writer.broken = DfsError(ErrorCode.NO_SPACE)
+    await a.core.flush(ino)
+    await eventually(lambda: a.kernel.contents == [ino])
+    with pytest.raises(DfsError):
+        await a.close(handle)
+    assert not (await a.files.open(ino, RDWR)).keep_cache
+
+
+async def test_the_kernel_forgets_what_is_dropped_with_something_older(a: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"data")
+    state = a.core.handles.file(handle).file.state
+    state.dirty.close()
+    await a.files.write(handle, 4, b"more")
+    state.dirty.close()
+    first, second = state.dirty.layers
+    first.taken = second.taken = True
+    state.dropped(first, DfsError(ErrorCode.NO_SPACE))
+    assert state.is_dirty
+    assert state.size == 0
+    assert await a.files.read(handle, 0, 10) == b""
+    await eventually(lambda: a.kernel.contents == [ino])
+    state.dropped(second, None)
+    assert not state.is_dirty
+
+
 async def test_fsync_and_write_tell_of_a_loss(a: TestMount) -> None:
     _, handle = await a.create(b"f", b"data")
     a.writer.broken = DfsError(ErrorCode.IO)
