@@ -173,8 +173,8 @@ class Core:
         self._doubts.set()
 
     async def tell_kernel(self) -> None:
-        """Drops the kernel's caches of what others changed or what was lost, for ever. Its thread may wait for reads in progress, which
-        is why no handler does this."""
+        """Drops the kernel's caches of what others changed or what was lost, for ever. Its thread may wait for reads in
+        progress, which is why no handler does this."""
         while True:
             await self._doubts.wait()
             self._doubts = trio.Event()
