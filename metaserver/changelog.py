@@ -160,6 +160,9 @@ def needed_after(segments: list[KeptSegment], start: Position) -> list[KeptSegme
 def _check_complete(segments: list[KeptSegment], start: Position) -> None:
     """What is missing at the end of the log looks like a log that ends there: so names and sizes are looked at."""
     needed = needed_after(segments, start)
+    if needed and needed[0].header.epoch == start.epoch and needed[0].first > start.number + 1:
+        # Used again on a full disk, for instance: what follows need not say that these changes were durable.
+        raise CorruptLog(f"the changelog lacks the changes between {start} and {needed[0].path}")
     for segment in needed:
         size = segment.path.stat().st_size
         if size < segment.header.size:

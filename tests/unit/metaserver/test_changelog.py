@@ -318,6 +318,22 @@ def test_a_segment_that_a_power_cut_has_emptied_leaves_no_gap_in_the_names(tmp_p
     assert replay(START, epoch_logs(kept, START), lambda _: None).end == (2, 0)
 
 
+def test_changes_whose_segment_was_used_again_are_missed_by_an_older_snapshot(tmp_path: Path) -> None:
+    """Also if all that is left of the log was written before they were known to be durable."""
+    log = make_log(tmp_path)
+    for number in range(1, 31):
+        log.append(number, 0, 0, 0, number, {row_key(Table.XATTRS, b"%d" % number): bytes(1000)})
+    log.close()
+    kept = list_segments(tmp_path)
+    find_firsts(kept)
+    second = kept[1].first
+    kept[0].path.unlink()
+    with pytest.raises(CorruptLog, match="lacks the changes"):
+        epoch_logs(kept[1:], Position(1, 5))
+    logs = epoch_logs(kept[1:], Position(1, second - 1))
+    assert replay(Position(1, second - 1), logs, lambda _: None).end == (1, 30)
+
+
 def test_behind_damaged_headers_the_records_count(tmp_path: Path) -> None:
     log = make_log(tmp_path, 3, Position(2, 7))
     append(log, 1, 15)
