@@ -39,7 +39,8 @@ REPLICA_MOVES: dict[ReplicaState, frozenset[ReplicaState]] = {
     ReplicaState.UNSURE: frozenset({ReplicaState.GOOD, ReplicaState.BAD, ReplicaState.DELETING}),
     ReplicaState.COPYING: frozenset({ReplicaState.GOOD, ReplicaState.BAD, ReplicaState.DELETING}),
     ReplicaState.BAD: frozenset({ReplicaState.GOOD, ReplicaState.UNSURE, ReplicaState.DELETING}),
-    ReplicaState.DELETING: frozenset(),
+    # Kept after all, if it is still there: it has come to be missed.
+    ReplicaState.DELETING: frozenset({ReplicaState.UNSURE}),
 }
 
 # Smaller is better to read from; what is left out is not read from at all.

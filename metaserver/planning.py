@@ -7,6 +7,7 @@ Nothing is deleted as superfluous unless enough sure replicas stay. Whatever mov
 old one superfluous, and of superfluous ones that goes whose going costs the least spread over hosts and racks, then the
 one on the fullest server. What a server that was LOST has kept is read back from its disk before it counts for that.
 A useless replica is not deleted to make room for a right one, but replaced by it: what is left of it may be needed.
+Nor is a replica deleted because it was superfluous once: if the others are not there any more, it is kept.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -31,9 +32,10 @@ class Group(Enum):
 
 class Kind(Enum):
     """A step: its order, if it is one, and with which others it waits. COPY makes a copy that is missing, MOVE one in
-    place of what is to leave its server, SHIFT one that would only be better placed."""
+    place of what is to leave its server, SHIFT one that would only be better placed; KEEP takes a deletion back."""
 
     FORGET = (None, Group.SETTLING)
+    KEEP = (None, Group.DELETIONS)
     COPY = (OrderKind.COPY, Group.COPIES)
     MOVE = (OrderKind.COPY, Group.MOVES)
     SHIFT = (OrderKind.COPY, Group.SHIFTS)
@@ -75,12 +77,10 @@ def plan(chunk: int, row: Chunk, replicas: Replicas, members: Members, hints: Hi
     if row.state == ChunkState.OPEN or (row.state == ChunkState.FILLING and not row.entries):
         return None
     up = [(server, replica) for server, replica in replicas if _is_up(members, server)]
-    for server, replica in up:
-        if row.state == ChunkState.DEAD or replica.state == ReplicaState.DELETING:
-            return Step(Kind.DELETE, server)
     if row.state == ChunkState.DEAD:
-        return None
-    return _settle(chunk, up, members, hints) or _Copies(chunk, row, replicas, up, members, hints).step()
+        return Step(Kind.DELETE, up[0][0]) if up else None
+    copies = _Copies(chunk, row, replicas, up, members, hints)
+    return copies.leaving() or _settle(chunk, up, members, hints) or copies.step()
 
 
 def good_copies(replicas: Replicas, members: Members) -> tuple[int, int]:
@@ -154,10 +154,19 @@ class _Copies:
         self.hints = hints
         self.everywhere = [server for server, _ in replicas]
         self.copying = [server for server, replica in replicas if replica.state == ReplicaState.COPYING]
+        self.deleting = [server for server, replica in up if replica.state == ReplicaState.DELETING]
         self.bad = [server for server, replica in up if replica.state == ReplicaState.BAD]
         self.good = [server for server, replica in replicas if replica.good and not is_lost(members, server)]
         self.sure = [server for server, replica in up if _confirmed(row, server, replica, members)]
         self.staying = [server for server in self.sure if not _drains(members, server)]
+
+    def leaving(self) -> Step | None:
+        """What was to be deleted, and perhaps was. If it may still be there and has come to be missed, it is kept until
+        it was looked for: should the order be carried out after all, then before what looks."""
+        for server in self.deleting:
+            enough = len(self.staying) >= self.row.copies
+            return Step(Kind.DELETE if enough else Kind.KEEP, server)
+        return None
 
     def step(self) -> Step | None:
         return self._under_way() or self._missing() or self._superfluous() or self._better_spread()

@@ -478,6 +478,10 @@ def _prepare(tx: Transaction, chunk: int, row: Chunk, step: Step) -> None:
         chunks.drop_replica(tx, chunk, step.server)
     elif step.kind.order is OrderKind.COPY and value is None:
         chunks.add_replica(tx, chunk, step.server, Replica(ReplicaState.COPYING, 0, row.length, row.entries, row.chain))
+    elif step.kind is Kind.KEEP and value is not None:
+        replica = Replica.unpack(value)
+        chunks.move_replica(replica, ReplicaState.UNSURE)
+        chunks.save_replica(tx, chunk, step.server, replica)
     elif step.kind is Kind.DELETE and value is not None:
         replica = Replica.unpack(value)
         if replica.state != ReplicaState.DELETING:

@@ -316,8 +316,11 @@ def test_orders_that_were_forgotten_are_given_again() -> None:
     assert (
         plan(tx, chunk, servers(1, 2, lost=(3,))) == plan(tx, chunk, servers(1, 2, down=(3,))) == Step(Kind.FORGET, 3)
     )
+    set_state(tx, chunk, 3, ReplicaState.GOOD)
     set_state(tx, chunk, 2, ReplicaState.DELETING)
     assert plan(tx, chunk, servers(1, 2, 3)) == Step(Kind.DELETE, 2)
+    # Where the others are not there any more, it is not superfluous.
+    assert plan(tx, chunk, servers(1, 2, down=(3,))) == Step(Kind.KEEP, 2)
 
 
 def test_a_dead_chunk_is_deleted_wherever_it_can_be() -> None:
@@ -361,12 +364,15 @@ def test_no_plan_ever_endangers_a_chunk(
         assert replicas[step.server] is ReplicaState.COPYING
         return
     assert members.by_id[step.server].up
+    if step.kind is Kind.KEEP:
+        assert replicas[step.server] is ReplicaState.DELETING
+        return
     if step.kind is Kind.COPY:
         assert step.source in right or (step.others and not right)
         assert {replicas[server] for server in step.others} <= {ReplicaState.BAD}
         in_place = ReplicaState.BAD if step.replace else ReplicaState.COPYING
         assert replicas.get(step.server, in_place) is in_place
-    if step.kind is Kind.DELETE and replicas[step.server] is not ReplicaState.DELETING:
+    if step.kind is Kind.DELETE:
         assert right - {step.server}
-        if replicas[step.server] is ReplicaState.GOOD:
+        if replicas[step.server] in (ReplicaState.GOOD, ReplicaState.DELETING):
             assert len(right - {step.server}) >= 2

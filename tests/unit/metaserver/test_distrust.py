@@ -1,4 +1,4 @@
-"""What was found wrong, or was never made durable, counts again only once it was read back.
+"""What was found wrong, or was never made durable, counts again only once it was read back; what is the last goes never.
 
 Each of these began as a way to lose data that a review found.
 """
@@ -103,3 +103,40 @@ async def test_a_verification_that_did_not_take_place_settles_nothing(
         await world.run(30)
         assert set(world.done) == {(OrderKind.VERIFY, chunk, wrong)}
         assert states(metaserver, chunk)[wrong] is ReplicaState.UNSURE
+
+
+async def test_the_last_right_replica_is_not_deleted_because_it_was_superfluous_once(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running(data, lost_after_seconds=20.0, session_deadline_seconds=1e6) as metaserver:
+        mount, world = await three(metaserver)
+        chunk = await written(mount, world.servers)
+        await world.run(8)
+        (spare,) = {1, 2, 3} - set(states(metaserver, chunk))
+        held = world.servers[spare]
+        # A third copy comes up, and is to go; its server stops before it has carried that out.
+        held.replicas[chunk] = ReplicaReport(chunk, 100, 1, 77, True)
+        held.free = 1 << 30
+        await held.beat(changes=[held.replicas[chunk]])
+        world.idle |= {1, 2, 3}
+        await world.run(5)
+        (leaving,) = [number for number, each in states(metaserver, chunk).items() if each is ReplicaState.DELETING]
+        world.stopped.add(leaving)
+        await world.run(10)
+        world.stopped |= {1, 2, 3}
+        await world.run(40)
+        # It alone returns.
+        world.idle.clear()
+        world.stopped.remove(leaving)
+        await world.servers[leaving].start()
+        world.done.clear()
+        await world.run(20)
+        assert chunk in world.servers[leaving].replicas
+        assert states(metaserver, chunk)[leaving] is ReplicaState.GOOD
+        assert (OrderKind.VERIFY, chunk, leaving) in world.done
+        # And when all are back, one goes as before.
+        world.stopped.clear()
+        for number in {1, 2, 3} - {leaving}:
+            await world.servers[number].start()
+        await world.run(30)
+        assert list(states(metaserver, chunk).values()) == [ReplicaState.GOOD] * 2
