@@ -1,8 +1,11 @@
 """What chunkservers say over HTTP, carried out: registration, full listing, heartbeats.
 
-Long reports are taken in slices, between which others have their turn: a heartbeat never waits for a listing.
+Long reports are taken in slices, between which others have their turn: a heartbeat never waits for the listing of
+another server. What one server says is taken in one by one: it sends the next when it has given one up for being late,
+and what is older must not come after what is newer.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import structlog
@@ -52,9 +55,14 @@ class Control:
         self._changes = changes
         self._window = window
         self._service = service
+        self._turns: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)
 
     async def register(self, told: Register) -> Registered:
         """Takes a (re)started server in; returns once that is durable."""
+        async with self._turns[told.server]:
+            return await self._register(told)
+
+    async def _register(self, told: Register) -> Registered:
         self._members.check_register(told, self._cluster_id)
         if self._service.tasks.removing(told.server):
             raise DfsError(ErrorCode.BUSY, f"server {told.server} is being removed: try again in a moment")
@@ -88,6 +96,10 @@ class Control:
 
     async def report(self, server: int, page: ReportPage) -> None:
         """One page of a full listing; pages come in order."""
+        async with self._turns[server]:
+            await self._report(server, page)
+
+    async def _report(self, server: int, page: ReportPage) -> None:
         member = self._require(server, page.incarnation)
         if page.page != member.next_page or member.listed:
             raise DfsError(ErrorCode.INVALID, f"page {member.next_page} of the listing is expected, not {page.page}")
@@ -152,6 +164,13 @@ class Control:
 
     async def heartbeat(self, server: int, told: Heartbeat) -> HeartbeatReply:
         """Notes that the server is there, and what has changed; answers with its orders."""
+        member = self._members.require(server, told.incarnation)
+        if member is not None:
+            member.heard = self._clock.seconds  # however long it has to wait now
+        async with self._turns[server]:
+            return await self._heartbeat(server, told)
+
+    async def _heartbeat(self, server: int, told: Heartbeat) -> HeartbeatReply:
         member = self._members.require(server, told.incarnation)
         epoch = self._committer.epoch
         if member is None or not member.listed:

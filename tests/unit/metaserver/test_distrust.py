@@ -1,4 +1,4 @@
-"""What was found wrong, or was never made durable, counts again only once it was read back; what is the last goes never.
+"""What was found wrong, or never made durable, counts again only once it was read back; what is the last goes never.
 
 Each of these began as a way to lose data that a review found.
 """
@@ -140,3 +140,21 @@ async def test_the_last_right_replica_is_not_deleted_because_it_was_superfluous_
             await world.servers[number].start()
         await world.run(30)
         assert list(states(metaserver, chunk).values()) == [ReplicaState.GOOD] * 2
+
+
+async def test_what_a_server_says_is_taken_in_the_order_in_which_it_says_it(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A long heartbeat that was given up for being late is still being worked on when the next one comes."""
+    async with running(data) as metaserver:
+        mount, world = await three(metaserver)
+        chunk = await written(mount, world.servers)
+        await world.run(8)
+        number, _ = sorted(states(metaserver, chunk))
+        server = world.servers[number]
+        others = [ReplicaReport(1 << 40 | each, 1, 1, 1, True) for each in range(1000)]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.beat, [*others, ReplicaReport(chunk, 100, 1, 77, True)])
+            await trio.lowlevel.checkpoint()
+            nursery.start_soon(server.beat, None, [chunk])
+        assert states(metaserver, chunk)[number] is ReplicaState.BAD
