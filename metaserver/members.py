@@ -58,7 +58,8 @@ class Member(msgspec.Struct, eq=False):
     read_bytes: int = 0
     written_bytes: int = 0
     unsealed: set[int] = set()
-    # It was LOST in this epoch: what it has was out of sight, and counts for deleting others only once read back.
+    # It was LOST in this epoch, or is not known although it has had chunks (it was removed): what it has was out
+    # of sight, and counts for deleting others only once read back.
     was_lost: bool = False
     verified: set[int] = set()
     scrub: ScrubStatus | None = None
@@ -187,6 +188,7 @@ class Members:
             # The chunks being written may outlive a server that was removed, and comes back.
             open_there = (chunk for chunk in self.open_chunks.values() if told.server in chunk.servers)
             member.reserved = sum(chunk.reserved for chunk in open_there)
+            member.was_lost = told.highest_chunk > 0
         self.by_id[told.server] = member
         return row
 

@@ -234,9 +234,8 @@ class _Copies:
         """What may go because enough others are known to be right."""
         if len(self.staying) < self.row.copies:
             return None
-        if self.bad:
-            return Step(Kind.DELETE, self.bad[0])
-        victim = next((server for server in self.sure if _drains(self.members, server)), 0)
+        leaving = [*self.bad, *(server for server in self.sure if _drains(self.members, server))]
+        victim = next(iter(leaving), 0)
         if not victim and len(self.staying) > self.row.copies:
             victim = self._least_missed()
         return self._doubtful(victim) or Step(Kind.DELETE, victim) if victim else None

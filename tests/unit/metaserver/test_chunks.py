@@ -11,9 +11,10 @@ from metaserver import chunks, planning, reports
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.members import Members
 from metaserver.planning import Kind, Step
-from metaserver.protocol import ChunkProgress, ChunkState, ReplicaReport, ReplicaState, ServerState
+from metaserver.protocol import ChunkProgress, ChunkState, Register, ReplicaReport, ReplicaState, ServerState
 from metaserver.reports import Finding
 from metaserver.schema import Chunk, Replica, Server, Table
+from metaserver.wire import PROTOCOL_VERSION
 
 SESSION = 3
 
@@ -293,6 +294,24 @@ def test_what_a_lost_server_kept_is_read_back_before_it_counts() -> None:
     # What goes need not be verified.
     members.by_id[3].was_lost = True
     assert plan(tx, chunk, members) == Step(Kind.DELETE, 3)
+    # What is left of a damaged replica is needed if that is damaged as well.
+    set_state(tx, chunk, 3, ReplicaState.BAD)
+    members.by_id[1].verified.clear()
+    assert plan(tx, chunk, members) == Step(Kind.VERIFY, 1)
+
+
+def test_what_a_forgotten_server_brings_back_is_read_back_before_it_counts() -> None:
+    members = servers(1)
+    told = Register(
+        2, "s2", "", 5, "h2", 9001, 9002, "", [], "/d2", 1 << 40, 1 << 40, 1, 0, PROTOCOL_VERSION
+    )  # fmt: skip
+    members.register(told, 0.0)
+    assert not members.by_id[2].was_lost
+    # It has had chunks before, and was removed then; or its disk has lain about for a year.
+    members.remove(2)
+    told.highest_chunk = 7
+    members.register(told, 0.0)
+    assert members.by_id[2].was_lost
 
 
 def test_a_surplus_replica_goes_only_if_enough_others_are_known_to_be_right() -> None:
