@@ -18,6 +18,7 @@ log = structlog.get_logger()
 async def snapshot(engine: Engine) -> Snapshot:
     """Makes a snapshot file of everything up to now; the log that it makes superfluous is deleted. Raises
     ``StoreFull`` or :class:`EngineFailed`."""
+    recycled = engine.log.recycled
     await engine.checkpoint()
     directory = engine.directory / SNAPSHOTS_NAME
     appended = engine.log.appended
@@ -29,7 +30,8 @@ async def snapshot(engine: Engine) -> Snapshot:
                 raise StoreFull from error
             raise engine.fail(error) from error
     engine.log.appended -= appended
-    engine.log.recycled = 0
+    # What was used again meanwhile may be what this very snapshot needs (its file may be what has filled the disk).
+    engine.log.recycled = max(0, engine.log.recycled - recycled)
     position = kept_from(directory)
     if position is not None:
         engine.log.drop(position)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import trio
 from engine_rows import create, names, prepare
+from msgspec.structs import replace
 
 from metaserver.changelog import Changelog, epoch_logs, find_firsts, list_segments
 from metaserver.commit import Committer, open_committer
@@ -99,6 +100,20 @@ async def test_what_frees_space_goes_on_without_end(tmp_path: Path) -> None:
         await until(lambda: not committer.log.recycled)
     async with open_committer(tmp_path, options=OPTIONS) as committer:
         assert names(committer) == before | {b"new"}
+
+
+async def test_a_snapshot_does_not_make_up_for_segments_used_again_while_it_was_made(tmp_path: Path) -> None:
+    def recycle(name: str) -> None:
+        if name == "snapshot:before-copy":
+            committer.log.recycled += 1
+
+    async with open_committer(
+        tmp_path, options=replace(OPTIONS, checkpoint_seconds=3600.0), files=Files(recycle)
+    ) as committer:
+        prepare(committer)
+        committer.log.recycled = 2
+        await committer.snapshot()
+        assert committer.log.recycled == 1
 
 
 async def insist(committer: Committer, change: Callable[[Any, int], None]) -> None:
