@@ -1,7 +1,8 @@
 """What one chunk needs next. Pure: rows and the state of servers in, at most one step out.
 
 Words: a replica is *good* if it counts as a copy and its server is not LOST; *sure* if it was also confirmed, on a
-server that is up and has reported everything it has in this epoch; it *stays* if its server is not being drained.
+server that is up and has reported everything it has in this epoch; it *stays* if its server is not being drained, and
+the disk there has not failed.
 
 Nothing is deleted as superfluous unless enough sure replicas stay. Whatever moves is copied first: the copy makes the
 old one superfluous, and of superfluous ones that goes whose going costs the least spread over hosts and racks, then the
@@ -158,7 +159,7 @@ class _Copies:
         self.bad = [server for server, replica in up if replica.state == ReplicaState.BAD]
         self.good = [server for server, replica in replicas if replica.good and not is_lost(members, server)]
         self.sure = [server for server, replica in up if _confirmed(row, server, replica, members)]
-        self.staying = [server for server in self.sure if not _drains(members, server)]
+        self.staying = [server for server in self.sure if members.by_id[server].works]
 
     def leaving(self) -> Step | None:
         """What was to be deleted, and perhaps was. If it may still be there and has come to be missed, it is kept until

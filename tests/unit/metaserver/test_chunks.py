@@ -325,6 +325,17 @@ def test_a_surplus_replica_goes_only_if_enough_others_are_known_to_be_right() ->
     assert plan(tx, chunk, servers(1, 2, down=(3,))) is None
 
 
+def test_nothing_is_deleted_because_there_is_one_on_a_failed_disk() -> None:
+    tx = MemoryRows()
+    chunk = sealed(tx, (1, 2, 3))
+    members = servers(1, 2, 3)
+    members.by_id[2].free = 5
+    members.by_id[1].disk_state = "FAILED"
+    assert plan(tx, chunk, members) is None
+    members.by_id[1].disk_state = "FULL"
+    assert plan(tx, chunk, members) == Step(Kind.DELETE, 2)
+
+
 def test_orders_that_were_forgotten_are_given_again() -> None:
     tx = MemoryRows()
     chunk = sealed(tx, (1, 2))
