@@ -333,6 +333,8 @@ class Engine:
         except BaseException as error:
             if not is_cancellation(error):
                 self._failure = self._failure or error
+                # Nobody will sync any more: who waits for that, perhaps shielded, must not wait for ever.
+                self._advanced.set()
             raise
 
     @property

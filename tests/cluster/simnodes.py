@@ -117,23 +117,24 @@ class SimNode:
         before, after = self._disk_delays()
 
         async def job() -> None:
+            await trio.sleep(before)
             try:
-                await trio.sleep(before)
-                try:
-                    outcome.append((True, function(*arguments)))
-                except Exception as error:
-                    outcome.append((False, error))
-                if after:
-                    await trio.sleep(after)
-            finally:
-                done.set()
+                outcome.append((True, function(*arguments)))
+            except Exception as error:
+                outcome.append((False, error))
+            if after:
+                await trio.sleep(after)
 
         async def limited() -> None:
-            if limiter is None:
-                await job()
-            else:
-                async with limiter:
+            try:
+                if limiter is None:
                     await job()
+                else:
+                    async with limiter:
+                        await job()
+            finally:
+                # Also if it was killed while it waited for its turn.
+                done.set()
 
         context = trio.lowlevel.current_task().context.copy()
         context.run(jobs.start_soon, limited)

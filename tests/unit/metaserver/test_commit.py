@@ -240,6 +240,18 @@ async def test_who_must_wait_is_not_left_waiting_by_a_cancellation(tmp_path: Pat
         assert not committer.boot_lost_tail
 
 
+async def test_who_must_wait_is_told_when_the_engine_ends_unexpectedly(tmp_path: Path, gate: Gate) -> None:
+    with trio.fail_after(20), pytest.raises(BaseExceptionGroup) as caught:
+        async with open_committer(tmp_path, options=QUIET, files=gate) as committer:
+            prepare(committer)
+            gate.error = ZeroDivisionError()  # type: ignore[assignment]
+            create(committer, b"never durable")
+            with trio.CancelScope(shield=True):
+                await committer.wait_durable(committer.newest)
+    assert caught.group_contains(ZeroDivisionError, depth=None)
+    assert caught.group_contains(EngineFailed, depth=None)
+
+
 async def test_waiters_wake_together(tmp_path: Path, gate: Gate) -> None:
     async with open_committer(tmp_path, options=QUIET, files=gate) as committer:
         prepare(committer)
