@@ -228,10 +228,10 @@ class Cleaner:
     async def _rewrite(self, job: Job) -> None:
         left = moved = 0
         for chunk, usage in job.sources.items():
-            if not self._enough_copies(job):
-                return  # one has gone meanwhile: on with it when there is another
             position: bytes | None = b""
             while position is not None:
+                if not self._enough_copies(job):
+                    return  # one has gone meanwhile: on with it when there is another
                 step = self._rewrite_step(job, chunk, position)
                 if step is None:
                     self._end(job, moved)

@@ -9,6 +9,7 @@ from running_metaserver import FakeServer, Mount, Running, running
 from test_repair import Obedient, state, states
 
 from metaserver import chunks, extents, protocol, rewriting
+from metaserver.cleaner import Job
 from metaserver.errors import ErrorCode
 from metaserver.protocol import (
     ChunkProgress,
@@ -21,6 +22,7 @@ from metaserver.protocol import (
     ReplicaReport,
     ReplicaState,
 )  # fmt: skip
+from metaserver.reports import apply_report
 
 MIB = 1 << 20
 LENGTH = 40 * MIB
@@ -393,3 +395,32 @@ async def test_an_orphan_is_deleted_after_a_grace_when_a_server_tells_of_it(
         await servers.run(60)
         assert list(states(metaserver, new.chunk).values()) == [ReplicaState.GOOD] * 2
         assert new.chunk in server.replicas
+
+
+async def test_rewriting_stops_when_the_new_chunk_proves_damaged(
+    data: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two steps: what still refers to the old chunk is safe there."""
+    async with running(data) as metaserver:
+        mount, servers = await begun(metaserver)
+        ino = await mount.make(b"f")
+        old = await mostly_dead(mount, servers, ino, 0, [number * 20_000 for number in range(300)])
+        step = metaserver.parts.cleaner._rewrite_step
+
+        def damaging(job: Job, chunk: int, position: bytes) -> rewriting.Rewritten | None:
+            done = step(job, chunk, position)
+            for number, server in servers.servers.items():
+                told = server.replicas.get(job.chunk)
+                if told is not None:
+                    told.error = "BAD_CHECKSUM"
+                    metaserver.committer.change(0, 0, lambda tx, _, at=number, told=told: apply_report(tx, at, told))  # type: ignore[misc]
+            return done
+
+        monkeypatch.setattr(metaserver.parts.cleaner, "_rewrite_step", damaging)
+        await servers.until_ordered()
+        for _ in range(60):
+            await servers.run(1)
+            if len(mapped(metaserver, ino)) > 1 or old not in mapped(metaserver, ino):
+                break
+        assert old in mapped(metaserver, ino)
+        assert state(metaserver, old) is ChunkState.SEALED
