@@ -249,9 +249,10 @@ class Engine:
         before = self.is_full
         setattr(self, name, full)
         if self.is_full != before:
-            log.error(
-                "the metaserver's disk is full: only what frees space goes on" if full else "there is space again"
-            )
+            if full:
+                log.error("the metaserver's disk is full: only what frees space goes on")
+            else:
+                log.info("there is space again")
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -85,6 +85,13 @@ class _Recovery:
         self.target = directory / (STORE_NAME + ".recovered")
 
     def run(self) -> RecoverReport:
+        try:
+            return self._run()
+        except BaseException:
+            self._clear(self.target)
+            raise
+
+    def _run(self) -> RecoverReport:
         began = time.monotonic()
         segments = self._segments()
         find_firsts(segments)

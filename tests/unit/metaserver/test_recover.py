@@ -196,6 +196,7 @@ async def test_damage_in_the_middle_of_the_log_is_refused(tmp_path: Path) -> Non
     (tmp_path / "data.mdb").unlink()
     recover(tmp_path)
     assert b"new" in await state(tmp_path)
+    assert not list(tmp_path.glob("*.recovered*"))
 
 
 async def test_a_log_damaged_below_what_was_promised_stops_the_start(tmp_path: Path) -> None:
