@@ -185,7 +185,8 @@ async def test_damage_in_the_middle_of_the_log_is_refused(tmp_path: Path) -> Non
     (tmp_path / "data.mdb").unlink()
     with pytest.raises(CorruptLog, match="change 1/25 is damaged"):
         recover(tmp_path)
-    assert not (tmp_path / "data.mdb").exists()
+    left = ("data.mdb", "data.mdb.recovered", "data.mdb.recovered-lock")
+    assert not any((tmp_path / name).exists() for name in left)
     report = recover(tmp_path, accept_loss=True)
     assert any(line.startswith("LOST") for line in report.lines)
     assert await state(tmp_path) == {b"epoch 1"} | {b"%d of 1" % number for number in range(20)}
@@ -196,7 +197,6 @@ async def test_damage_in_the_middle_of_the_log_is_refused(tmp_path: Path) -> Non
     (tmp_path / "data.mdb").unlink()
     recover(tmp_path)
     assert b"new" in await state(tmp_path)
-    assert not list(tmp_path.glob("*.recovered*"))
 
 
 async def test_a_log_damaged_below_what_was_promised_stops_the_start(tmp_path: Path) -> None:
