@@ -164,7 +164,12 @@ class Files:
         if handle.file.ahead is not None:
             # A time that was set before must not reach the metaserver after the time of this write.
             await core.deferred.settle(handle.file)
-        await core.writer.write(state, offset, data)
+        try:
+            await core.writer.write(state, offset, data)
+        except DfsError:
+            # If it is a loss, it is told with this.
+            handle.raise_new_error()
+            raise
         if handle.durable_writes:
             await self.fsync(number)
         return len(data)

@@ -95,8 +95,9 @@ class Writer:
     async def write(self, file: FileState, offset: int, data: bytes) -> None:
         """Takes ``data``, which must never change. Waits only for memory and for space in the cluster.
 
-        Raises NO_SPACE, or UNAVAILABLE or TIMEOUT if the cluster cannot be asked; nothing, or a first part (as
-        ``file.size`` shows if it grew) was then taken. Cancelling is as safe.
+        Raises NO_SPACE, or UNAVAILABLE or TIMEOUT if the cluster cannot be asked, or why earlier bytes of the file were
+        lost meanwhile; nothing, or a first part (as ``file.size`` shows if it grew) was then taken. Cancelling is as
+        safe.
         """
         if offset + len(data) > FILE_SIZE_MAX:
             raise DfsError(ErrorCode.FILE_TOO_BIG)
@@ -195,12 +196,17 @@ class Writer:
     # -- accepting ---------------------------------------------------------------------------------------------
 
     async def _write(self, file: FileState, offset: int, data: bytes) -> None:
+        failures = file.error_count
         while self.dirty_bytes + len(data) > self.options.max_dirty_bytes and self.dirty_bytes:
             self.schedule.want_all()
             self._wake_all()
             await self._memory.park()
         if len(data) > self._credit:
             await self._reserve(len(data))
+        lost = file.error_since(failures)
+        if lost is not None:
+            # Otherwise these bytes would come behind a hole, and be kept (P3).
+            raise lost
         self._accept(file, offset, data)
 
     def _accept(self, file: FileState, offset: int, data: bytes) -> None:

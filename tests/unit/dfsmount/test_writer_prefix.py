@@ -64,10 +64,6 @@ class Appending:
             await self.bench.writer.write(file, len(written), data)
         except DfsError:
             return
-        if file.error is not None:
-            # Lost while this one waited for memory: it is where its program has put it, behind a hole.
-            self.files[number], self.written[number] = self.bench.create(), bytearray()
-            return
         written += data
 
     async def _trouble(self) -> None:
@@ -96,6 +92,21 @@ class Appending:
             server.troubles.clear()
         self.bench.meta.errors.clear()
         self.bench.meta.space = 1 << 40
+
+
+async def test_a_write_that_waits_while_older_bytes_are_lost_is_not_taken(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_bench(writing=WriterOptions(max_dirty_bytes=MIB)) as bench:
+        file = bench.create()
+        bench.meta.errors["commit"].append(DfsError(ErrorCode.NO_SPACE))
+        await bench.writer.write(file, 0, b"1" * MIB)
+        with pytest.raises(DfsError) as raised:
+            await bench.writer.write(file, MIB, b"2" * MIB)
+        assert raised.value.code is ErrorCode.NO_SPACE
+        await bench.writer.flush(file)
+        assert bench.meta.content(file.ino) == b""
+        assert file.size == 0
 
 
 async def append_through_trouble(seed: int) -> None:
