@@ -83,7 +83,7 @@ async def test_what_frees_space_goes_on_without_end(tmp_path: Path) -> None:
         before = names(committer)
         # More than ten segments of the log.
         for count in range(5000):
-            committer.change(1, 0, touch, frees=True)
+            await insist(committer, touch)
             if count % 10 == 0:
                 await trio.sleep(0.001)
         assert committer.log.recycled > 5
