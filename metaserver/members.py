@@ -24,6 +24,7 @@ _UNKNOWN_RANK = 3
 # What a server says of its disk when it takes data ("": nothing yet), and when it does again once something is deleted.
 _USABLE = ("", "OK")
 _WORKING = (*_USABLE, "FULL")
+DISK_FAILED = "FAILED"
 
 # Legal moves; anything to UP is a heartbeat.
 SERVER_MOVES: dict[ServerState, frozenset[ServerState]] = {

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from metaserver.members import Members
+from metaserver.members import DISK_FAILED, Members
 from metaserver.placement import Candidate, spread
 from metaserver.protocol import ChunkState, OrderKind, ReplicaState, ServerState
 from metaserver.schema import Chunk, Replica
@@ -123,6 +123,12 @@ def _drains(members: Members, server: int) -> bool:
     return members.by_id[server].row.draining
 
 
+def _counts(members: Members, server: int) -> bool:
+    """Whether a good replica there is one of those that are wanted: what lies on a failed disk may be read, but not
+    for long, and others take its place."""
+    return not _drains(members, server) and members.by_id[server].disk_state != DISK_FAILED
+
+
 def _takes(members: Members, server: int, length: int) -> bool:
     return any(one.server == server and one.free >= length for one in members.candidates())
 
@@ -174,8 +180,8 @@ class _Copies:
 
     @property
     def _lacking(self) -> int:
-        """Copies that have to be made, those on servers that are being drained not counted."""
-        return self.row.copies - sum(not _drains(self.members, server) for server in self.good)
+        """Copies that have to be made, those on servers that are being drained and on failed disks not counted."""
+        return self.row.copies - sum(_counts(self.members, server) for server in self.good)
 
     def _copy_to(self, target: int) -> Step:
         kind = Kind.COPY if len(self.good) < self.row.copies else Kind.MOVE
@@ -188,7 +194,7 @@ class _Copies:
     def _under_way(self) -> Step | None:
         """Copies whose order is void: they go on, unless they are not wanted any more or go badly."""
         for server in self.copying:
-            wanted = self._lacking > 0 and _is_up(self.members, server) and not _drains(self.members, server)
+            wanted = self._lacking > 0 and _is_up(self.members, server) and _counts(self.members, server)
             if not wanted or server in self.hints.avoid:
                 return Step(Kind.FORGET, server)
         return self._copy_to(self.copying[0]) if self.copying and self.sure else None
@@ -225,7 +231,7 @@ class _Copies:
 
     def _target(self) -> int:
         # What is to leave its server takes up no host or rack.
-        leaving = {server for server in self.sure if _drains(self.members, server)}
+        leaving = {server for server in self.sure if not _counts(self.members, server)}
         beside = [server for server in self.everywhere if server not in leaving]
         return self.members.place_copy(
             beside, self.row.length, self.hints.avoid, without=leaving, makes_room=self.row.state == ChunkState.FILLING

@@ -336,6 +336,24 @@ def test_nothing_is_deleted_because_there_is_one_on_a_failed_disk() -> None:
     assert plan(tx, chunk, members) == Step(Kind.DELETE, 2)
 
 
+def test_what_is_on_a_failed_disk_is_copied_elsewhere() -> None:
+    tx = MemoryRows()
+    chunk = sealed(tx, (1, 2))
+    members = servers(1, 2, 3)
+    assert plan(tx, chunk, members) is None
+    members.by_id[1].disk_state = "FAILED"
+    step = plan(tx, chunk, members)
+    assert step is not None
+    assert (step.kind, step.server) == (Kind.MOVE, 3)
+    chunks.add_replica(tx, chunk, 3, Replica(ReplicaState.GOOD, 0, 100, 4, 77))
+    # Nothing can be deleted there; it is left as it is.
+    assert plan(tx, chunk, members) is None
+    # Repaired, it is one too many.
+    members.by_id[1].disk_state = "OK"
+    members.by_id[1].free = 5
+    assert plan(tx, chunk, members) == Step(Kind.DELETE, 1)
+
+
 def test_orders_that_were_forgotten_are_given_again() -> None:
     tx = MemoryRows()
     chunk = sealed(tx, (1, 2))
