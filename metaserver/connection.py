@@ -291,7 +291,9 @@ class Connection:
             await trio.sleep(SWEEP_SECONDS)
             now = trio.current_time()
             for request_id in [key for key, call in self._pending.items() if call.deadline < now]:
-                call = self._pending.pop(request_id)
+                call = self._pending.pop(request_id, None)
+                if call is None:
+                    return  # the connection was found broken meanwhile, and has ended all of them
                 text = f"no answer from {self.transport.name} in time"
                 call.resolve(None, DfsError(ErrorCode.TIMEOUT, text))
                 self._send(Kind.CANCEL, 0, request_id, b"", (), 0)

@@ -192,8 +192,11 @@ async def bit_rot(cluster: Cluster) -> None:
 
 async def lose_server(cluster: Cluster) -> None:
     """A chunkserver is gone with its disk; a new one comes."""
+    # Others may have been lost a moment ago, and nobody has come for them yet.
+    if cluster.plan.minor or len(cluster.chunks) < 2:
+        return
     node = cluster.pick()
-    if cluster.plan.minor or not node.running or not may_lose(cluster, node):
+    if not node.running or not may_lose(cluster, node):
         return
     what = f"{node.name} lost"
     cluster.note_trouble(what)

@@ -43,6 +43,13 @@ class SimFiles(Files):
         self._paths[descriptor] = path
         return descriptor
 
+    def recycle(self, old: Path, path: Path, head: bytes, size: int) -> int:
+        # Whole and synced in this one moment, as a new one.
+        self._undo.pop(old, None)
+        descriptor = super().recycle(old, path, head, size)
+        self._paths[descriptor] = path
+        return descriptor
+
     def append(self, descriptor: int, data: bytes, offset: int) -> None:
         self._meet("append")
         before = os.pread(descriptor, len(data), offset)

@@ -400,6 +400,11 @@ class Callbacks:
 class ChunkNode(SimNode):
     """A chunkserver; ``node`` while it runs."""
 
+    @property
+    def deadly(self) -> tuple[type[BaseException], ...]:
+        # A start that cannot read its identity: with luck the next one can.
+        return (EngineFailed, identities.DataDirectoryError) if self.storage.faults else (EngineFailed,)
+
     def __init__(self, world: World, number: int, meta: MetaNode, capacity: int = 4 << 30) -> None:
         super().__init__(world, f"cs{number}")
         self.number = number

@@ -19,7 +19,7 @@ import trio
 import trio.lowlevel
 from metaserver_load import OPTIONS, create, inode_of, names, prepare, remove
 
-from metaserver.commit import Change, Committer, open_committer
+from metaserver.commit import Change, Committer, EngineFailed, open_committer
 from metaserver.files import Files
 from metaserver.logrecord import FIRST_RECORD
 from metaserver.offline import check_directory
@@ -98,7 +98,8 @@ async def live(directory: Path, history: History, files: Files, changes: int) ->
 
 def only_crashes(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
-        return error.split((Crash, trio.Cancelled))[1] is None
+        # Who waited for something to be durable is told that the engine has ended.
+        return error.split((Crash, EngineFailed, trio.Cancelled))[1] is None
     return isinstance(error, Crash)
 
 
