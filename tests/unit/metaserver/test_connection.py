@@ -140,6 +140,27 @@ async def test_a_deadline_ends_the_call_and_the_handler() -> None:
             await server.cancelled.wait()
 
 
+async def test_overdue_calls_on_a_connection_that_is_found_broken_by_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ending the first one sends a CANCEL, which ends the connection with all other calls."""
+    async with a_server() as server, trio.open_nursery() as nursery:
+        connection = await greet(server)
+        nursery.start_soon(connection.run)
+        calls = [connection.start(ECHO, Text("wait"), timeout=0.01) for _ in range(3)]
+        await trio.sleep(0.05)
+
+        def broken(buffers: object) -> int:
+            raise ConnectionLost("reset by peer")
+
+        monkeypatch.setattr(connection.transport, "try_send", broken)
+        codes = []
+        for call in calls:
+            with pytest.raises(DfsError) as failed:
+                await call.wait()
+            codes.append(failed.value.code)
+        assert codes == [ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE, ErrorCode.UNAVAILABLE]
+        nursery.cancel_scope.cancel()
+
+
 async def test_calls_in_flight_end_with_the_connection() -> None:
     async with a_server() as server, a_client(server) as client:
         call = client.start(ECHO, Text("wait"))
