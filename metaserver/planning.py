@@ -81,7 +81,9 @@ def plan(chunk: int, row: Chunk, replicas: Replicas, members: Members, hints: Hi
     if row.state == ChunkState.DEAD:
         return Step(Kind.DELETE, up[0][0]) if up else None
     copies = _Copies(chunk, row, replicas, up, members, hints)
-    return copies.leaving() or _settle(chunk, up, members, hints) or copies.step()
+    settling = _settle(chunk, up, members, hints)
+    meanwhile = copies.beside_doubts() if settling is not None and settling.server in hints.avoid else None
+    return copies.leaving() or meanwhile or settling or copies.step()
 
 
 def good_copies(replicas: Replicas, members: Members) -> tuple[int, int]:
@@ -140,13 +142,14 @@ def _places(members: Members, servers: Sequence[int]) -> list[Candidate]:
 def _settle(chunk: int, up: Replicas, members: Members, hints: Hints) -> Step | None:
     """Replicas that are to be sealed, or of which it is not known whether they are right. Sealing reads nothing back
     that this life of the server has written: a doubt is settled by reading only."""
+    steps = []
     for server, replica in up:
         unsure, unsealed = replica.state == ReplicaState.UNSURE, chunk in members.by_id[server].unsealed
         if unsure and (not unsealed or (chunk, server) in hints.suspects):
-            return Step(Kind.VERIFY, server)
-        if unsealed and (unsure or replica.good):
-            return Step(Kind.SEAL, server)
-    return None
+            steps.append(Step(Kind.VERIFY, server))
+        elif unsealed and (unsure or replica.good):
+            steps.append(Step(Kind.SEAL, server))
+    return min(steps, key=lambda step: step.server in hints.avoid, default=None)
 
 
 class _Copies:
@@ -177,6 +180,12 @@ class _Copies:
 
     def step(self) -> Step | None:
         return self._under_way() or self._missing() or self._superfluous() or self._better_spread()
+
+    def beside_doubts(self) -> Step | None:
+        """A copy that is missing while a server cannot say what another replica is worth (its disk hangs, for
+        instance): that may last, and the others must not be left alone for so long. Nothing goes meanwhile."""
+        step = self._under_way() or self._missing()
+        return step if step is not None and (step.kind is Kind.FORGET or (step.source and not step.others)) else None
 
     @property
     def _lacking(self) -> int:

@@ -248,6 +248,31 @@ def test_replicas_are_sealed_and_doubts_settled_before_they_are_copied() -> None
     assert plan(tx, chunk, members) == Step(Kind.VERIFY, 2)
 
 
+def test_copies_that_are_missing_do_not_wait_for_a_server_that_cannot_settle_a_doubt() -> None:
+    tx = MemoryRows()
+    chunk = sealed(tx, (1, 2, 5))
+    set_state(tx, chunk, 2, ReplicaState.UNSURE)
+    members = servers(1, 2, 3, 4, lost=(5,))
+
+    def after_failures_of(*failed: int) -> Step | None:
+        hints = planning.Hints(avoid=failed)
+        return planning.plan(chunk, find(tx, chunk), chunks.replicas(tx, chunk), members, hints)
+
+    assert after_failures_of() == Step(Kind.VERIFY, 2)
+    # Its disk hangs: nobody knows for how long. Only one copy is known to be right.
+    assert after_failures_of(2) in (Step(Kind.COPY, 3, 1), Step(Kind.COPY, 4, 1))
+    # As many as are wanted: it is tried again, and nothing goes meanwhile.
+    for target in (3, 4):
+        chunks.add_replica(tx, chunk, target, chunks.replicas(tx, chunk)[0][1])
+    assert after_failures_of(2) == Step(Kind.VERIFY, 2)
+    chunks.drop_replica(tx, chunk, 4)
+    set_state(tx, chunk, 1, ReplicaState.UNSURE)
+    # One that has not failed is asked first; and without a right one there is nothing to copy.
+    assert after_failures_of(1) == Step(Kind.VERIFY, 2)
+    set_state(tx, chunk, 3, ReplicaState.BAD)
+    assert after_failures_of(1, 2) == Step(Kind.VERIFY, 1)
+
+
 def test_a_useless_replica_goes_when_there_are_enough_others() -> None:
     tx = MemoryRows()
     chunk = sealed(tx, (1, 2, 3))

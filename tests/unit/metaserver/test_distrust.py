@@ -95,13 +95,16 @@ async def test_a_verification_that_did_not_take_place_settles_nothing(
         mount, world = await three(metaserver)
         chunk = await written(mount, world.servers)
         await world.run(8)
-        wrong, _ = sorted(states(metaserver, chunk))
+        before = states(metaserver, chunk)
+        wrong, _ = sorted(before)
         doubt = protocol.ReportReplica(chunk, wrong, ErrorCode.BAD_CHECKSUM, "a block differs")
         await mount.call(protocol.REPORT_REPLICA, doubt)
         world.fail[(OrderKind.VERIFY, wrong)] = ErrorCode.UNAVAILABLE.name
         world.done.clear()
         await world.run(30)
-        assert set(world.done) == {(OrderKind.VERIFY, chunk, wrong)}
+        # Meanwhile the other is not left alone.
+        (third,) = {1, 2, 3} - set(before)
+        assert set(world.done) == {(OrderKind.VERIFY, chunk, wrong), (OrderKind.COPY, chunk, third)}
         assert states(metaserver, chunk)[wrong] is ReplicaState.UNSURE
 
 
