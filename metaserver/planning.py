@@ -222,7 +222,9 @@ class _Copies:
         fit = self._replaceable()
         if fit:
             return Step(Kind.COPY, fit, self._source(), replace=True)
-        return Step(Kind.DELETE, self.bad[0]) if self.bad else None
+        # What a failed disk holds may be gone at the next read: then what is left of the bad ones is needed.
+        lasting = any(self.members.by_id[server].disk_state != DISK_FAILED for server in self.sure)
+        return Step(Kind.DELETE, self.bad[0]) if self.bad and lasting else None
 
     def _salvage(self) -> Step | None:
         """A whole replica out of what is left of several, each perhaps damaged in another place."""

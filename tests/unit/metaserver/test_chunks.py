@@ -361,6 +361,17 @@ def test_nothing_is_deleted_because_there_is_one_on_a_failed_disk() -> None:
     assert plan(tx, chunk, members) == Step(Kind.DELETE, 2)
 
 
+def test_a_bad_replica_is_kept_while_the_good_one_is_on_a_failed_disk() -> None:
+    tx = MemoryRows()
+    chunk = sealed(tx, (1, 2))
+    set_state(tx, chunk, 2, ReplicaState.BAD)
+    members = servers(1, 2)
+    members.by_id[2].free = 99
+    assert plan(tx, chunk, members) == Step(Kind.DELETE, 2)
+    members.by_id[1].disk_state = "FAILED"
+    assert plan(tx, chunk, members) is None
+
+
 def test_what_is_on_a_failed_disk_is_copied_elsewhere() -> None:
     tx = MemoryRows()
     chunk = sealed(tx, (1, 2))
