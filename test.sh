@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The set-up of quickstart.sh with what development needs, then every check and test. About ten minutes on two cores.
+# The set-up of quickstart.sh with what development needs, then every check and test. About a quarter of an hour on two cores.
 # Arguments are passed on to pytest, which then runs alone: ./test.sh tests/unit -k frame
 set -euo pipefail
 
