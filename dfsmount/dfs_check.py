@@ -13,7 +13,7 @@ from dfsmount.dfs_api import Api, ReplicaListing
 from dfsmount.dfs_find import Access
 from dfsmount.dfs_layout import Problem
 from dfsmount.dfs_show import console, count_text
-from metaserver.errors import DfsError
+from metaserver.errors import DfsError, ErrorCode
 from metaserver.key import ClusterKey
 from metaserver.protocol import ServerStatus, Status
 
@@ -120,7 +120,8 @@ async def verify_one(pool: client.Pool, peer: Peer, chunk: int, findings: Findin
     try:
         reply = await pool.verify(peer, chunk)
     except DfsError as error:
-        return error.text
+        # Deleted since the server listed it: the cleaner and repair go on meanwhile.
+        return "" if error.code is ErrorCode.NO_SUCH_CHUNK else error.text
     findings.replicas += 1
     findings.bytes += reply.progress.stored_length
     if reply.bad_blocks:

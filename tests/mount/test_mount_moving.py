@@ -119,7 +119,9 @@ def test_a_new_server_gets_its_share(tmp_path: Path) -> None:
             for replica in extent.replicas
             if replica.state == "GOOD"
         )
-        assert held_by == {"chunkserver1": 4, "chunkserver2": 4, "chunkserver3": 4}
+        # As even as it is worth moving for.
+        assert held_by.total() == 12
+        assert min(held_by[f"chunkserver{number}"] for number in (1, 2, 3)) >= 3
         shown = json.loads(cluster.dfs("rebalance", "--status", "--json", "--data", cluster.data).stdout)
         assert (shown["mode"], shown["under_way"]) == ("IDLE", 0)
         verify(cluster, contents)

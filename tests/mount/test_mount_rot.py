@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from mount_cluster import RealCluster, run, running, wait_until
 
-from chunkserver.chunkfile import ENTRY_BYTES, INDEX_OFFSET, PAYLOAD_OFFSET
+from chunkserver.chunkfile import ENTRY_BYTES, FLAG_SEALED, HEADER_BYTES, INDEX_OFFSET, PAYLOAD_OFFSET, decode_header
 from metaserver.protocol import ReplicaStatus
 
 pytestmark = pytest.mark.timeout(240)
@@ -57,7 +57,14 @@ def written(cluster: RealCluster, name: str) -> tuple[Path, bytes]:
     path.write_bytes(content)
     cluster.remount()
     wait_until(lambda: replicas(cluster, path, "GOOD") == 2, "both replicas are good")
+    wait_until(lambda: all(sealed(replica.path) for replica in replica_status(cluster, path)), "both are sealed")
     return path, content
+
+
+def sealed(replica: str) -> bool:
+    """Whether the chunkserver has sealed it, too: the scrubber looks at nothing else."""
+    with open(replica, "rb") as file:
+        return bool(decode_header(file.read(HEADER_BYTES)).flags & FLAG_SEALED)
 
 
 def replica_status(cluster: RealCluster, path: Path) -> list[ReplicaStatus]:
