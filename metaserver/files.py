@@ -51,22 +51,7 @@ class Files:
         self.step("segment:before-create")
         temporary = path.with_name(path.name + ".new")
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-            self._write(descriptor, head, 0)
-            for offset in range(len(head), size, len(_ZEROES)):
-                self._write(descriptor, _ZEROES[: size - offset], offset)
-            self.step("segment:before-sync")
-            os.fsync(descriptor)
-            self.step("segment:before-rename")
-            os.rename(temporary, path)
-            self.step("segment:before-directory-sync")
-            self.sync_directory(path.parent)
-        except BaseException:
-            os.close(descriptor)
-            temporary.unlink(missing_ok=True)
-            raise
-        return descriptor
+        return self._fill(descriptor, temporary, path, head, size, lambda: os.posix_fallocate(descriptor, 0, size))
 
     def recycle(self, old: Path, path: Path, head: bytes, size: int) -> int:
         """As :meth:`create`, in the blocks of an old file of at least that size: needs no space. A crash or power
@@ -77,11 +62,18 @@ class Files:
         # First: otherwise a power cut could leave the new contents under the old name.
         self.sync_directory(path.parent)
         descriptor = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
+        # It may be longer than what it becomes.
+        return self._fill(descriptor, temporary, path, head, size, lambda: os.ftruncate(descriptor, size))
+
+    def _fill(
+        self, descriptor: int, temporary: Path, path: Path, head: bytes, size: int, allocate: Callable[[], None]
+    ) -> int:
+        """Writes all of a new file, syncs it and gives it its name; closes and removes it if that fails."""
         try:
+            allocate()
             self._write(descriptor, head, 0)
             for offset in range(len(head), size, len(_ZEROES)):
                 self._write(descriptor, _ZEROES[: size - offset], offset)
-            os.ftruncate(descriptor, size)
             self.step("segment:before-sync")
             os.fsync(descriptor)
             self.step("segment:before-rename")
