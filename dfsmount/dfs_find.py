@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dfsmount.dfs_layout import HOST, Layout, Problem, default_data
-from dfsmount.dfs_mounts import Mount, mount_of, mounts
+from dfsmount.dfs_mounts import Mount, mounts, our_mount_of
 from metaserver.key import ClusterKey, KeyFileError, load_key
 
 # Where the key is on a host that is run by systemd (systemd/ and README.md).
@@ -113,10 +113,7 @@ def find(choice: Choice, file: Path | None = None) -> Access:
         return Access(choice.metaserver, Path(choice.key_file) if choice.key_file else HOST_KEY_FILE)
     table = mounts()
     if file is not None:
-        mount = mount_of(str(file), table)
-        if mount is None or not mount.ours:
-            raise Problem(f"{file} is not on a dfs mount")
-        return access_to_mount(mount, choice.key_file)
+        return access_to_mount(our_mount_of(file, table), choice.key_file)
     return find_any([mount for mount in table if mount.ours], choice.key_file)
 
 

@@ -60,12 +60,18 @@ def mount_of(path: str, table: list[Mount]) -> Mount | None:
     return next((mount for mount in reversed(inside) if len(mount.point) == longest), None)
 
 
+def our_mount_of(path: Path, table: list[Mount]) -> Mount:
+    """As :func:`mount_of`; raises ``Problem`` unless it is one of ours."""
+    mount = mount_of(str(path), table)
+    if mount is None or not mount.ours:
+        raise Problem(f"{path} is not on a dfs mount")
+    return mount
+
+
 def inode_below(path: Path, table: list[Mount]) -> int:
     """The inode number that the cluster knows this path by; raises ``Problem`` if it is not on one of our mounts, and
     ``OSError`` if it cannot be looked at. ``path`` is absolute and without links."""
-    mount = mount_of(str(path), table)
-    if mount is None or not mount.ours:
-        raise Problem(f"{path} is not on a mount of a cluster")
+    mount = our_mount_of(path, table)
     ino = os.stat(path).st_ino
     if mount.point == str(path) and "/" in mount.source:
         # The kernel calls every mounted directory inode 1.

@@ -19,7 +19,7 @@ import structlog
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from dfsmount.errors import errno_of
-from dfsmount.vfs import Vfs
+from dfsmount.vfs import ACCESS_ACL, Vfs
 from dfsmount.vfs_core import BLOCK_BYTES, Shown
 from dfsmount.vfs_files import Opened
 from dfsmount.vfs_names import Caller
@@ -32,7 +32,6 @@ log = structlog.get_logger(__name__)
 # What df calls a block. Inodes are 64-bit and never run out; programs want to see some free ones.
 STATFS_BLOCK_BYTES = 4096
 FREE_INODES = 1 << 40
-ACCESS_ACL = b"system.posix_acl_access"
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -20,7 +20,8 @@ log = structlog.get_logger(__name__)
 
 STATS_SECONDS = 1.0
 _ACL_PREFIX = b"system.posix_acl_"
-_ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
+ACCESS_ACL = b"system.posix_acl_access"
+_ACLS = (ACCESS_ACL, b"system.posix_acl_default")
 # The namespaces that local filesystems have; the kernel checks who may use them.
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
 

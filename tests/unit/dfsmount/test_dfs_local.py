@@ -103,7 +103,7 @@ def test_only_paths_on_a_mount_have_an_inode_there(tmp_path: Path) -> None:
     assert dfs_mounts.inode_below(tmp_path, [whole]) == tmp_path.stat().st_ino
     with pytest.raises(Problem, match="a part mounted by itself"):
         dfs_mounts.inode_below(tmp_path, [part])
-    with pytest.raises(Problem, match="not on a mount"):
+    with pytest.raises(Problem, match="is not on a dfs mount"):
         dfs_mounts.inode_below(tmp_path / "f", [Mount("/dev/x", "/", "ext4")])
 
 

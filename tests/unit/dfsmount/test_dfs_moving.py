@@ -137,7 +137,7 @@ def test_copies_of_paths(access: Access, tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(dfs_copies, "Api", lambda access: Api(access, httpx.MockTransport(handle)))
     # A local file has an inode number, too.
-    with pytest.raises(Problem, match="not on a mount"):
+    with pytest.raises(Problem, match="is not on a dfs mount"):
         dfs_copies.each([path], lambda _: access, 3)
     monkeypatch.setattr(dfs_copies, "mounts", lambda: [Mount("h:1", str(tmp_path), "fuse.dfs")])
     (shown,) = dfs_copies.each([path], lambda _: access, None)
