@@ -126,10 +126,6 @@ class Side:
         self.root = root
         self.descriptors: list[int] = []
 
-    def at(self, path: str) -> str:
-        """Relative to the directory, which is the working directory meanwhile: those above it are closed to others."""
-        return path
-
 
 def shown(found: os.stat_result) -> tuple[object, ...]:
     size = 0 if stat.S_ISDIR(found.st_mode) else found.st_size
@@ -171,7 +167,8 @@ class Twins(RuleBasedStateMachine):
             side.root.chmod(0o777)
 
     def both(self, function: Callable[[Side], object]) -> object:
-        """Does it there and here; the same must come of it."""
+        """Does it there and here, each being the working directory (those above are closed to others): the same must
+        come of it."""
         results = []
         for side in (self.theirs, self.ours):
             try:
@@ -207,66 +204,66 @@ class Twins(RuleBasedStateMachine):
 
     @rule(path=PATHS, mode=MODES)
     def mkdir(self, path: str, mode: int) -> None:
-        self.both(lambda side: os.mkdir(side.at(path), mode))
+        self.both(lambda _: os.mkdir(path, mode))
 
     @rule(path=PATHS)
     def mkdir_plain(self, path: str) -> None:
-        self.both(lambda side: os.mkdir(side.at(path), 0o777))
+        self.both(lambda _: os.mkdir(path, 0o777))
 
     @rule(path=PATHS)
     def rmdir(self, path: str) -> None:
-        self.both(lambda side: os.rmdir(side.at(path)))
+        self.both(lambda _: os.rmdir(path))
 
     @rule(path=PATHS)
     def unlink(self, path: str) -> None:
-        self.both(lambda side: os.unlink(side.at(path)))
+        self.both(lambda _: os.unlink(path))
 
     @rule(path=PATHS, second=PATHS)
     def rename(self, path: str, second: str) -> None:
-        self.both(lambda side: os.rename(side.at(path), side.at(second)))
+        self.both(lambda _: os.rename(path, second))
 
     @rule(path=PATHS, second=PATHS, flags=st.sampled_from([1, 2, 3, 8]))
     def rename_with_flags(self, path: str, second: str, flags: int) -> None:
         def renameat2(side: Side) -> int:
-            old, new = os.fsencode(side.at(path)), os.fsencode(side.at(second))
+            old, new = os.fsencode(path), os.fsencode(second)
             return call("renameat2", AT_FDCWD, old, AT_FDCWD, new, flags)
 
         self.both(renameat2)
 
     @rule(path=PATHS)
     def rename_into_itself(self, path: str) -> None:
-        self.both(lambda side: os.rename(side.at(path), side.at(f"{path}/inside")))
+        self.both(lambda _: os.rename(path, f"{path}/inside"))
 
     @rule(path=PATHS, second=PATHS, follow=st.booleans())
     def link(self, path: str, second: str, follow: bool) -> None:
         flags = AT_SYMLINK_FOLLOW if follow else 0
 
         def linkat(side: Side) -> int:
-            old, new = os.fsencode(side.at(path)), os.fsencode(side.at(second))
+            old, new = os.fsencode(path), os.fsencode(second)
             return call("linkat", AT_FDCWD, old, AT_FDCWD, new, flags)
 
         self.both(linkat)
 
     @rule(path=PATHS, points_to=st.sampled_from(["a", "b/c", "../a", "nowhere", "t" * 4095, "d"]))
     def symlink(self, path: str, points_to: str) -> None:
-        self.both(lambda side: os.symlink(points_to, side.at(path)))
+        self.both(lambda _: os.symlink(points_to, path))
 
     @rule(path=PATHS)
     def readlink(self, path: str) -> None:
-        self.both(lambda side: os.readlink(side.at(path)))
+        self.both(lambda _: os.readlink(path))
 
     @rule(path=PATHS, kind=st.sampled_from(KINDS), mode=MODES)
     def mknod(self, path: str, kind: int, mode: int) -> None:
-        self.both(lambda side: os.mknod(side.at(path), kind | mode, os.makedev(1, 3)))
+        self.both(lambda _: os.mknod(path, kind | mode, os.makedev(1, 3)))
 
     @rule(path=PATHS)
     def listing(self, path: str) -> None:
-        self.both(lambda side: sorted(os.listdir(side.at(path))))
+        self.both(lambda _: sorted(os.listdir(path)))
 
     @rule(path=PATHS)
     def listing_with_types(self, path: str) -> None:
         def scan(side: Side) -> list[tuple[str, bool, bool]]:
-            with os.scandir(side.at(path)) as entries:
+            with os.scandir(path) as entries:
                 return sorted(
                     (entry.name, entry.is_dir(follow_symlinks=False), entry.is_symlink()) for entry in entries
                 )
@@ -277,7 +274,7 @@ class Twins(RuleBasedStateMachine):
     def many_entries(self, path: str) -> None:
         def fill(side: Side) -> None:
             for number in range(40):
-                os.close(os.open(side.at(f"{path}/many{number}"), os.O_CREAT | os.O_WRONLY, 0o644))
+                os.close(os.open(f"{path}/many{number}", os.O_CREAT | os.O_WRONLY, 0o644))
 
         self.both(fill)
 
@@ -285,7 +282,7 @@ class Twins(RuleBasedStateMachine):
     def remove_while_listing(self, path: str) -> None:
         def remove(side: Side) -> list[str]:
             gone = []
-            with os.scandir(side.at(path)) as entries:
+            with os.scandir(path) as entries:
                 for entry in entries:
                     if entry.name.startswith("many"):
                         os.unlink(entry.path)
@@ -298,33 +295,33 @@ class Twins(RuleBasedStateMachine):
 
     @rule(path=PATHS)
     def lstat(self, path: str) -> None:
-        self.both(lambda side: shown(os.lstat(side.at(path))))
+        self.both(lambda _: shown(os.lstat(path)))
 
     @rule(path=PATHS)
     def stat(self, path: str) -> None:
-        self.both(lambda side: shown(os.stat(side.at(path))))
+        self.both(lambda _: shown(os.stat(path)))
 
     @rule(path=PATHS, mode=MODES)
     def chmod(self, path: str, mode: int) -> None:
-        self.both(lambda side: os.chmod(side.at(path), mode))
+        self.both(lambda _: os.chmod(path, mode))
 
     @rule(path=PATHS, uid=OWNERS, gid=GROUPS)
     def chown(self, path: str, uid: int, gid: int) -> None:
-        self.both(lambda side: os.chown(side.at(path), uid, gid))
+        self.both(lambda _: os.chown(path, uid, gid))
 
     @rule(path=PATHS, uid=OWNERS, gid=GROUPS)
     def lchown(self, path: str, uid: int, gid: int) -> None:
-        self.both(lambda side: os.lchown(side.at(path), uid, gid))
+        self.both(lambda _: os.lchown(path, uid, gid))
 
     @rule(path=PATHS, wanted=st.sampled_from([os.R_OK, os.W_OK, os.X_OK, os.R_OK | os.W_OK]))
     def access(self, path: str, wanted: int) -> None:
-        self.both(lambda side: os.access(side.at(path), wanted, effective_ids=True))
+        self.both(lambda _: os.access(path, wanted, effective_ids=True))
 
     @rule(path=PATHS, atime=TIMES, mtime=TIMES)
     def utimens(self, path: str, atime: int, mtime: int) -> None:
         def touch(side: Side) -> object:
-            os.utime(side.at(path), ns=(atime, mtime))
-            found = os.stat(side.at(path))
+            os.utime(path, ns=(atime, mtime))
+            found = os.stat(path)
             return found.st_mtime_ns
 
         # A local disk may know fewer years (ext4: to 2446) than ours (to 2262); these both know.
@@ -337,9 +334,9 @@ class Twins(RuleBasedStateMachine):
         times = struct.pack("<qqqq", 1000, atime, 2000, mtime)
 
         def touch(side: Side) -> object:
-            before = os.stat(side.at(path))
-            call("utimensat", AT_FDCWD, os.fsencode(side.at(path)), times, 0)
-            found = os.stat(side.at(path))
+            before = os.stat(path)
+            call("utimensat", AT_FDCWD, os.fsencode(path), times, 0)
+            found = os.stat(path)
             kept = mtime == UTIME_OMIT and found.st_mtime_ns == before.st_mtime_ns
             return kept, found.st_mtime_ns == 2000 * 10**9 + 7, abs(found.st_mtime_ns - found.st_ctime_ns) < 10**9
 
@@ -349,38 +346,38 @@ class Twins(RuleBasedStateMachine):
 
     @rule(path=PATHS, name=XATTRS, value=VALUES, flags=st.sampled_from([0, 0, 1, 2]))
     def setxattr(self, path: str, name: str, value: bytes, flags: int) -> None:
-        self.both(lambda side: os.setxattr(side.at(path), name, value, flags))
+        self.both(lambda _: os.setxattr(path, name, value, flags))
 
     @rule(path=PATHS, name=XATTRS)
     def getxattr(self, path: str, name: str) -> None:
-        self.both(lambda side: os.getxattr(side.at(path), name))
+        self.both(lambda _: os.getxattr(path, name))
 
     @rule(path=PATHS)
     def listxattr(self, path: str) -> None:
-        self.both(lambda side: sorted(os.listxattr(side.at(path))))
+        self.both(lambda _: sorted(os.listxattr(path)))
 
     @rule(path=PATHS, name=XATTRS)
     def removexattr(self, path: str, name: str) -> None:
-        self.both(lambda side: os.removexattr(side.at(path), name))
+        self.both(lambda _: os.removexattr(path, name))
 
     @rule(path=PATHS, entries=ENTRIES, kind=st.sampled_from(["access", "default"]))
     def set_acl(self, path: str, entries: tuple[tuple[int, ...], ...], kind: str) -> None:
-        self.both(lambda side: os.setxattr(side.at(path), f"system.posix_acl_{kind}", acl(entries)))
+        self.both(lambda _: os.setxattr(path, f"system.posix_acl_{kind}", acl(entries)))
 
     @rule(path=PATHS, kind=st.sampled_from(["access", "default"]))
     def remove_acl(self, path: str, kind: str) -> None:
-        self.both(lambda side: os.removexattr(side.at(path), f"system.posix_acl_{kind}"))
+        self.both(lambda _: os.removexattr(path, f"system.posix_acl_{kind}"))
 
     @rule(path=PATHS, kind=st.sampled_from(["access", "default"]))
     def get_acl(self, path: str, kind: str) -> None:
-        self.both(lambda side: os.getxattr(side.at(path), f"system.posix_acl_{kind}"))
+        self.both(lambda _: os.getxattr(path, f"system.posix_acl_{kind}"))
 
     # -- contents by path --------------------------------------------------------------------------------------
 
     @rule(path=PATHS, size=SIZES)
     def write_file(self, path: str, size: int) -> None:
         def write(side: Side) -> int:
-            descriptor = os.open(side.at(path), os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_NONBLOCK, 0o666)
+            descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_NONBLOCK, 0o666)
             try:
                 return os.write(descriptor, b"w" * size)
             finally:
@@ -391,7 +388,7 @@ class Twins(RuleBasedStateMachine):
     @rule(path=PATHS)
     def read_file(self, path: str) -> None:
         def read(side: Side) -> bytes:
-            descriptor = os.open(side.at(path), os.O_RDONLY | os.O_NONBLOCK)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 return os.read(descriptor, 1 << 20)
             finally:
@@ -401,7 +398,7 @@ class Twins(RuleBasedStateMachine):
 
     @rule(path=PATHS, size=st.one_of(SIZES, st.just(-1)))
     def truncate(self, path: str, size: int) -> None:
-        self.both(lambda side: os.truncate(side.at(path), size))
+        self.both(lambda _: os.truncate(path, size))
 
     # -- descriptors -------------------------------------------------------------------------------------------
 
@@ -411,7 +408,7 @@ class Twins(RuleBasedStateMachine):
         opened: list[tuple[Side, int]] = []
 
         def open_(side: Side) -> None:
-            opened.append((side, os.open(side.at(path), flags | os.O_NONBLOCK, mode)))
+            opened.append((side, os.open(path, flags | os.O_NONBLOCK, mode)))
 
         try:
             self.both(open_)
@@ -492,7 +489,7 @@ class Twins(RuleBasedStateMachine):
     def link_what_is_open(self, which: int, path: str) -> None:
         def linkat(side: Side) -> int:
             old = f"/proc/self/fd/{side.descriptors[which % self.open]}".encode()
-            return call("linkat", AT_FDCWD, old, AT_FDCWD, os.fsencode(side.at(path)), AT_SYMLINK_FOLLOW)
+            return call("linkat", AT_FDCWD, old, AT_FDCWD, os.fsencode(path), AT_SYMLINK_FOLLOW)
 
         self.both(linkat)
 
