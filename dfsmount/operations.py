@@ -223,7 +223,7 @@ class Operations(pyfuse3.Operations):
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        return self._encode(await self._vfs.set_attributes(self._decode_changes(inode, attr, fields)))
+        return self._encode(await self._vfs.set_attributes(self._decode_changes(inode, attr, fields), fh))
 
     @_guarded
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:

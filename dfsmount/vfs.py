@@ -56,8 +56,9 @@ class Vfs:
     async def get_attributes(self, ino: int) -> Shown:
         return self.core.show(await self.core.attributes(ino))
 
-    async def set_attributes(self, changes: SetAttributes) -> Shown:
-        return self.core.show(await self.files.set_attributes(changes))
+    async def set_attributes(self, changes: SetAttributes, number: int | None = None) -> Shown:
+        """``number``: of the handle it is done through (ftruncate(2)), None for a path."""
+        return self.core.show(await self.files.set_attributes(changes, number))
 
     def forget(self, ino: int, count: int) -> None:
         """The kernel gives back ``count`` of its references."""

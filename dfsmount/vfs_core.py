@@ -227,6 +227,10 @@ class Core:
         """:meth:`flush`, before the inode gets another name: that name must not lead to contents that lack some of what
         was written. Raises why bytes are lost, if nobody was told of that yet."""
         await self.flush(ino)
+        self.raise_untold(ino)
+
+    def raise_untold(self, ino: int) -> None:
+        """Raises why written bytes of ``ino`` are lost, if nobody has heard of that yet; from now on somebody has."""
         inode = self.inodes.get(ino)
         if inode is None:
             return

@@ -197,11 +197,12 @@ class Files:
 
     # -- attributes that concern contents ----------------------------------------------------------------------
 
-    async def set_attributes(self, changes: SetAttributes) -> Inode:
-        """chmod(2), chown(2), utimensat(2), truncate(2)."""
+    async def set_attributes(self, changes: SetAttributes, number: int | None = None) -> Inode:
+        """chmod(2), chown(2), utimensat(2), truncate(2); ftruncate(2) through the handle ``number``."""
         core = self._core
         file = core.files.get(changes.ino)
         if file is None:
+            self._tell_before_resizing(changes, number)
             return await self._ask_for(changes)
         if changes.mtime_ns is not None:
             # Commits of what was written before must not bring their own time afterwards.
@@ -214,10 +215,20 @@ class Files:
         try:
             await core.deferred.settle(file)
             if changes.size is not None:
+                self._tell_before_resizing(changes, number)
                 return await self._truncate(file, changes.size, changes)
             return await self._ask_for(changes)
         finally:
             core.files.unpin(file)
+
+    def _tell_before_resizing(self, changes: SetAttributes, number: int | None) -> None:
+        """Raises why bytes are lost if the caller, or anybody, has not heard of it yet: the new size would put zeroes
+        in their place, or keep what was written before them with what was done after (P3). Nothing is kept of an empty
+        file, and emptying it may be how space is made."""
+        if changes.size:
+            if number is not None:
+                self._core.handles.file(number).raise_new_error()
+            self._core.raise_untold(changes.ino)
 
     async def _truncate(self, file: OpenFile, size: int, changes: SetAttributes) -> Inode:
         await self._core.writer.truncate_local(file.state, size)

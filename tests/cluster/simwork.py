@@ -182,7 +182,7 @@ class Program:
             except Violation as error:
                 self._trace.violation(f"{self.name}: {error}")
                 self._ready = False
-                return
+                break
             await trio.sleep(self._random.random() * 2 * self._pace)
         self._idle.set()
 
@@ -449,15 +449,15 @@ class Program:
         if chosen is None:
             return
         path, file = chosen
-        if self._random.random() < 0.7:
-            await self._handle(path, file)
+        # With a handle it is ftruncate(2).
+        number = await self._handle(path, file) if self._random.random() < 0.7 else None
         ino = await self._lookup(self._path(path))
         old = file.newest
         size = self._random.choice((0, len(old) // 2, self._random.randint(0, len(old) + 5000)))
         file.change(old[:size].ljust(size, b"\0"))
         changes = SetAttributes(ino, size=size)
         try:
-            await self._do(Kind.NAMES, f"truncate {path}", self._vfs.set_attributes, changes)
+            await self._do(Kind.NAMES, f"truncate {path}", self._vfs.set_attributes, changes, number)
         except Unsure:
             file.torn = True
             raise

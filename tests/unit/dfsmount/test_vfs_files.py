@@ -12,7 +12,7 @@ from vfs_harness import ME, Plant, TestMount, code_of, open_plant
 from dfsmount import handles
 from dfsmount.vfs_core import VfsOptions
 from metaserver.errors import DfsError, ErrorCode
-from metaserver.protocol import Entry, Made, Make
+from metaserver.protocol import Entry, Made, Make, SetAttributes
 from metaserver.wire import Response
 
 RDONLY, RDWR = os.O_RDONLY, os.O_RDWR
@@ -612,3 +612,58 @@ async def test_fsync_tells_what_was_lost_before_the_file_was_opened(a: TestMount
         again = await a.files.open(ino, RDWR)
         await a.files.fsync(again.number)
         await a.close(again.number)
+
+
+async def lose(a: TestMount, ino: int) -> None:
+    """What is dirty of a file is lost, and nobody hears of it yet."""
+    a.writer.broken = DfsError(ErrorCode.NO_SPACE)
+    await a.core.flush(ino)
+    a.writer.broken = None
+
+
+async def test_a_truncate_tells_what_was_lost_before_it(a: TestMount) -> None:
+    """Written, lost, truncated: zeroes must not stay where the bytes were, with no error before them."""
+    ino, handle = await a.create(b"f", b"kept")
+    await a.files.fsync(handle)
+    await a.files.write(handle, 4, b"lost")
+    await lose(a, ino)
+    assert (await a.stat(b"f")).size == 4
+    with pytest.raises(DfsError) as caught:
+        await a.set(ino, size=6)
+    assert code_of(caught.value) is ErrorCode.NO_SPACE
+    assert (await a.stat(b"f")).size == 4
+    # Somebody has been told; whoever has it open hears of it all the same.
+    assert (await a.set(ino, size=6)).size == 6
+    with pytest.raises(DfsError):
+        await a.files.fsync(handle)
+    await a.files.fsync(handle)
+
+
+async def test_a_truncate_tells_of_a_loss_when_nobody_has_the_file_open(a: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"lost")
+    await a.close(handle)
+    await lose(a, ino)
+    await a.vfs._close_now()
+    assert a.core.files.get(ino) is None
+    with pytest.raises(DfsError):
+        await a.set(ino, size=2)
+    assert (await a.set(ino, size=2)).size == 2
+
+
+async def test_each_handle_hears_of_a_loss_before_it_truncates(a: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"lost")
+    other = (await a.files.open(ino, RDWR)).number
+    await lose(a, ino)
+    for number in (handle, other):
+        with pytest.raises(DfsError):
+            await a.vfs.set_attributes(SetAttributes(ino, size=2), number)
+        assert (await a.vfs.set_attributes(SetAttributes(ino, size=2), number)).size == 2
+
+
+async def test_a_file_can_be_emptied_whatever_was_lost(a: TestMount) -> None:
+    """That is how space is made; and of an empty file nothing is wrong. The error is told by the next fsync."""
+    ino, handle = await a.create(b"f", b"lost")
+    await lose(a, ino)
+    assert (await a.set(ino, size=0)).size == 0
+    with pytest.raises(DfsError):
+        await a.files.fsync(handle)
