@@ -85,6 +85,7 @@ def unrest(cluster: Cluster) -> list[str]:
     gone = set(parts.sessions.by_id) - live
     if gone:
         found.append(f"sessions {sorted(gone)}")
+    taking = {server for server in up if parts.members.by_id[server].works}
     rows = cluster.chunk_rows()
     for chunk, (row, replicas) in rows.items():
         states = {
@@ -94,12 +95,20 @@ def unrest(cluster: Cluster) -> list[str]:
         }
         if row.state == ChunkState.DEAD and states:
             found.append(f"chunk {chunk:x} is dead: {states}")
-        elif row.state == ChunkState.SEALED:
-            wanted = min(row.copies, len(up))
-            good = [server for server, state in states.items() if state == "GOOD"]
-            if len(good) != wanted or len(states) != wanted:
-                found.append(f"chunk {chunk:x} has {states}, {wanted} wanted")
+        elif row.state == ChunkState.SEALED and (missed := _unsettled(states, row.copies, taking)):
+            found.append(f"chunk {chunk:x} {missed}")
     return found or unwanted(cluster, rows)
+
+
+def _unsettled(states: dict[int, str], copies: int, taking: set[int]) -> str:
+    """What is not right with the replicas of a sealed chunk, if copies can be made on the servers ``taking`` only: what
+    is on others, which are being drained, stays as long as there are not enough of them, and goes then."""
+    wanted = min(copies, len(taking))
+    good = {server for server, state in states.items() if state == "GOOD"}
+    left = set(states) - taking
+    if len(good & taking) == wanted == len(states) - len(left) and (not left or (wanted < copies and left <= good)):
+        return ""
+    return f"has {states}, {wanted} wanted on {sorted(taking)}"
 
 
 def unwanted(cluster: Cluster, rows: Rows) -> list[str]:
