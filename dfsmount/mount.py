@@ -10,7 +10,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -24,19 +23,13 @@ import pyfuse3
 import structlog
 import trio
 
-from chunkserver.client import open_pool
 from dfsmount import dfs_mounts, fuseloop
-from dfsmount.cache import BlockCache
+from dfsmount.assembly import Client, ClientOptions, open_client
 from dfsmount.config import DEFAULT_KEY_FILE, MountPlan, Options
 from dfsmount.operations import Operations
-from dfsmount.reader import Reader, ReaderOptions
-from dfsmount.remote import Remote
-from dfsmount.vfs import Vfs
-from dfsmount.vfs_core import Core, VfsOptions
+from dfsmount.vfs_core import VfsOptions
 from dfsmount.waiting import Waiting
-from dfsmount.writer import Writer, WriterOptions
 from metaserver import systemd
-from metaserver.client import Hooks, MetaClient, SessionIdentity, open_meta
 from metaserver.connection import keep_large_buffers
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.key import ClusterKey, KeyFileError, load_key
@@ -51,11 +44,6 @@ MAX_TASKS = 2000
 IDLE_TASKS = 8
 # At the default of 128 KiB two requests are in flight; at this eight, of 1 MiB each.
 READ_AHEAD_KIB = 4096
-# With 64 MiB of cache and what Python takes, the process stays below 300 MiB (298 were seen with 128).
-DIRTY_MIB = 96
-# Written data that the servers do not take is kept and tried again for so long, whatever fsync has been told meanwhile:
-# servers come back from a reboot within minutes.
-KEEP_SECONDS = 300.0
 # After SIGTERM, how long requests in progress may go on once everything is flushed.
 DRAIN_SECONDS = 5.0
 # Writing out what is left takes as long as it takes, but a cluster that does not answer must not hold up a shutdown.
@@ -162,34 +150,14 @@ def _raise_limits() -> None:
 
 
 async def _serve(plan: MountPlan, key: ClusterKey | None, ready: Callable[[], None]) -> int:
-    mounted: list[Mounted] = []
-    hooks = Hooks(
-        on_flush=lambda inos: mounted[0].vfs.flush_pushed(inos),
-        on_changed=lambda inos: mounted[0].vfs.changed_pushed(inos),
-        opened=lambda: mounted[0].vfs.opened() if mounted else [],
-        on_new_session=lambda: mounted[0].vfs.new_session(),
-        dirty_bytes=lambda: mounted[0].writer.dirty_bytes if mounted else 0,
-        on_retire=lambda chunks: mounted[0].writer.retire(chunks) if mounted else None,
-    )
-    source = plan.source
-    identity = SessionIdentity(
-        socket.gethostname(),
-        str(plan.mountpoint),
-        os.getpid(),
-        os.fsencode(source.subdirectory),
-        plan.options.read_only,
+    options = plan.options
+    vfs_options = VfsOptions(options.attr_timeout, options.entry_timeout, options.sync_close, options.read_only)
+    client_options = ClientOptions(
+        str(plan.mountpoint), vfs_options, options.timeout, options.cache_mib, options.dirty_mib
     )
     try:
-        async with (
-            open_meta(source.host, source.port, key, identity, hooks) as meta,
-            open_pool(key, meta.cluster_id, session=meta.session) as pool,
-        ):
-            options = plan.options
-            writer = Writer(meta, pool, _writer_options(options))
-            # The kernel asks a second time for what its read-ahead could not get.
-            reader = Reader(meta, pool, _block_cache(options), ReaderOptions(options.timeout / 2))
-            mounted.append(Mounted(plan, meta, writer, reader))
-            return await mounted[0].run(ready)
+        async with open_client(plan.source, key, client_options, PyfuseKernel) as client:
+            return await Mounted(plan, client).run(ready)
     except DfsError as error:
         raise MountError(_explain(error, plan)) from None
 
@@ -201,15 +169,6 @@ def _explain(error: DfsError, plan: MountPlan) -> str:
     if error.code is ErrorCode.BAD_KEY and plan.options.key_file is None:
         return f"{error.text} (-o key_file=PATH; {DEFAULT_KEY_FILE} is used if it exists)"
     return error.text
-
-
-def _block_cache(options: Options) -> BlockCache:
-    return BlockCache() if options.cache_mib is None else BlockCache(options.cache_mib << 20)
-
-
-def _writer_options(options: Options) -> WriterOptions:
-    dirty_mib = DIRTY_MIB if options.dirty_mib is None else options.dirty_mib
-    return WriterOptions(socket.gethostname(), dirty_mib << 20, give_up_seconds=max(options.timeout, KEEP_SECONDS))
 
 
 class PyfuseKernel:
@@ -235,22 +194,11 @@ class PyfuseKernel:
 class Mounted:
     """The parts of a running mount."""
 
-    def __init__(self, plan: MountPlan, meta: MetaClient, writer: Writer, reader: Reader) -> None:
-        options = plan.options
+    def __init__(self, plan: MountPlan, client: Client) -> None:
         self.plan = plan
-        self.writer = writer
-        self.reader = reader
-        core = Core(
-            Remote(meta, options.timeout),
-            writer,
-            reader,
-            PyfuseKernel(meta.root.ino),
-            VfsOptions(options.attr_timeout, options.entry_timeout, options.sync_close, options.read_only),
-        )
-        root = core.inodes.learn(meta.root, core.inodes.now())
-        root.lookups = 1
-        self.vfs = Vfs(core, meta.root.ino)
-        self._waiting = Waiting(options.timeout)
+        self.client = client
+        self.vfs = client.vfs
+        self._waiting = Waiting(plan.options.timeout)
         self._main_scope = trio.CancelScope()
 
     async def run(self, ready: Callable[[], None]) -> int:
@@ -259,9 +207,7 @@ class Mounted:
         async with trio.open_nursery() as nursery:
             _init_fuse(Operations(self.vfs, self._waiting), self.plan)
             try:
-                nursery.start_soon(self.writer.run)
-                nursery.start_soon(self.reader.run)
-                nursery.start_soon(self.vfs.run)
+                nursery.start_soon(self.client.run)
                 nursery.start_soon(self._waiting.watch)
                 nursery.start_soon(self._await_signals)
                 nursery.start_soon(self._announce, ready)
