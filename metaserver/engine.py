@@ -20,14 +20,13 @@ from metaserver.logrecord import Position
 from metaserver.overlay import Rows, row_key
 from metaserver.protocol import LastNumber
 from metaserver.schema import BOOT, Boot, Table
-from metaserver.start import RESERVE_NAME, Options, Started, make_reserve, position_rows
+from metaserver.start import PROBE_NAME, RESERVE_NAME, Options, Started, make_reserve, position_rows
 from metaserver.store import CorruptStore, MapFull, StoreFull, View
 
 log = structlog.get_logger()
 
 # On a full disk a checkpoint is made after this part of the usual number of changes.
 FULL_PART = 20
-PROBE_NAME = "probe"
 
 # Runs a blocking function elsewhere: ``trio.to_thread.run_sync``, or what a simulation has instead.
 RunSync: TypeAlias = Callable[..., Awaitable[Any]]

@@ -97,6 +97,11 @@ class Files:
         finally:
             os.close(descriptor)
 
+    def free(self, path: Path) -> int:
+        """Bytes that may still be written below ``path``."""
+        stats = os.statvfs(path)
+        return stats.f_bavail * stats.f_frsize
+
     def delete(self, path: Path) -> None:
         self.step("segment:before-delete")
         path.unlink(missing_ok=True)

@@ -199,13 +199,28 @@ def _noting_fatal_signals(directory: Path) -> Iterator[bool]:
     if not (directory / identity.FILE).exists():
         yield False
         return
-    ended_by_one = path.exists() and path.stat().st_size > 0
-    if ended_by_one:
-        text = path.read_text(errors="replace").splitlines()[0]
-        log.error("the metaserver was ended by a fatal signal; looking through the whole store", reason=text)
-    with path.open("w") as file:
+    reason = _read_note(path)
+    if reason:
+        log.error("the metaserver was ended by a fatal signal; looking through the whole store", reason=reason)
+    try:
+        file = path.open("w")
+    except OSError as error:
+        # It only tells the next start to look more closely; that is no reason not to serve.
+        log.warning("a fatal signal will not be noted", path=str(path), reason=error.strerror)
+        yield bool(reason)
+        return
+    with file:
         faulthandler.enable(file)
         try:
-            yield ended_by_one
+            yield bool(reason)
         finally:
             faulthandler.disable()
+
+
+def _read_note(path: Path) -> str:
+    """How the last life ended by a fatal signal; "" if it did not. What cannot be read is taken for a sign of one."""
+    try:
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    return lines[0] if lines else ""

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from metaserver.files import Files
 from metaserver.logrecord import Position
-from metaserver.start import stored_position
-from metaserver.store import PAUSE_SECONDS, Store
+from metaserver.start import NEW_SNAPSHOT_NAME, stored_position
+from metaserver.store import PAUSE_SECONDS, Store, StoreFull
 
 SUFFIX = ".mdb"
 KEPT_SNAPSHOTS = 2
@@ -46,14 +46,17 @@ def verify_snapshot(path: Path) -> Position:
         store.close()
 
 
-def make_snapshot(store: Store, directory: Path, files: Files) -> Snapshot:
+def make_snapshot(store: Store, directory: Path, files: Files, spare: int = 0) -> Snapshot:
     """Copies the newest checkpoint, verifies the copy, and puts it in place durably; deletes those no longer kept.
 
-    The store's map must not grow meanwhile. Raises ``StoreFull``, ``CorruptStore`` if the *store* is damaged, or
-    ``OSError``; then nothing has changed.
+    ``spare`` bytes must be left on the disk beside it: a copy that fills the disk before it fails stops everybody's
+    changes meanwhile. The store's map must not grow. Raises ``StoreFull``, ``CorruptStore`` if the *store* is damaged,
+    or ``OSError``; then nothing has changed.
     """
-    temporary = directory / "new"
+    temporary = directory / NEW_SNAPSHOT_NAME
     temporary.unlink(missing_ok=True)
+    if files.free(directory) < store.copy_bytes() + spare:
+        raise StoreFull
     try:
         files.step("snapshot:before-copy")
         store.copy(temporary)

@@ -47,6 +47,9 @@ LOCK_NAME = "lock"
 RESERVE_NAME = "reserve"
 CHANGELOG_NAME = "changelog"
 SNAPSHOTS_NAME = "snapshots"
+# What a full disk is tried with, and a snapshot file being made: a kill leaves them behind.
+PROBE_NAME = "probe"
+NEW_SNAPSHOT_NAME = "new"
 # A client that was away for longer than so many lives of the metaserver resends everything it has.
 SURVIVED_EPOCHS = 256
 
@@ -152,7 +155,8 @@ def _open_segments(directory: Path, files: Files) -> list[KeptSegment]:
     changelog = directory / CHANGELOG_NAME
     changelog.mkdir(mode=0o700, exist_ok=True)
     (directory / SNAPSHOTS_NAME).mkdir(mode=0o700, exist_ok=True)
-    for leftover in changelog.glob("*.new"):
+    leftovers = (directory / PROBE_NAME, directory / SNAPSHOTS_NAME / NEW_SNAPSHOT_NAME)
+    for leftover in (*changelog.glob("*.new"), *(path for path in leftovers if path.exists())):
         files.delete(leftover)
     segments = list_segments(changelog)
     if not (directory / STORE_NAME).exists():

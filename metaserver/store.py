@@ -417,6 +417,12 @@ class Store(Reader):
             with self.path.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), used, length)
 
+    def copy_bytes(self) -> int:
+        """How large a :meth:`copy` is, nearly."""
+        stat = self.environment.stat()
+        pages: int = stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+        return (pages + 2) * PAGE_BYTES  # and the two meta pages
+
     def sizes(self) -> dict[str, int]:
         """For metrics: bytes of the map, bytes in use at its highest page, rows."""
         info = self.environment.info()

@@ -14,6 +14,9 @@ from metaserver.transaction import ViewTransaction
 
 log = structlog.get_logger()
 
+# Between snapshot files that were in vain: once there is space, the store is protected again within this.
+LONGEST_PAUSE_SECONDS = 300.0
+
 
 async def snapshot(engine: Engine) -> Snapshot:
     """Makes a snapshot file of everything up to now; the log that it makes superfluous is deleted. Raises
@@ -24,7 +27,9 @@ async def snapshot(engine: Engine) -> Snapshot:
     appended = engine.log.appended
     async with engine.map_lock:
         try:
-            made: Snapshot = await engine.run_sync(make_snapshot, engine.store, directory, engine.files)
+            made: Snapshot = await engine.run_sync(
+                make_snapshot, engine.store, directory, engine.files, engine.options.segment_bytes
+            )
         except (CorruptStore, OSError) as error:
             if isinstance(error, OSError) and is_full(error):
                 raise StoreFull from error
@@ -85,8 +90,9 @@ async def verify(engine: Engine) -> int:
 async def keep_snapshots(engine: Engine) -> None:
     last = trio.current_time()
     failed = False
+    pause = engine.options.checkpoint_seconds
     while True:
-        await trio.sleep(engine.options.checkpoint_seconds)
+        await trio.sleep(pause)
         appended = engine.log.appended
         overdue = trio.current_time() - last >= engine.options.snapshot_seconds and appended
         unprotected = engine.log.recycled and not engine.is_full
@@ -100,6 +106,9 @@ async def keep_snapshots(engine: Engine) -> None:
                 failed = True
             else:
                 failed = False
+            # Each writes all of the store. On a nearly full disk one may fill it, be in vain, and be wanted again.
+            hurried = failed or engine.log.recycled > 0
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS) if hurried else engine.options.checkpoint_seconds
 
 
 async def keep_verified(engine: Engine) -> None:
