@@ -74,6 +74,9 @@ class Aging:
         for member in self._members.age(self._clock.seconds):
             if member.state is ServerState.LOST:
                 self._repair.lost(member.server)
+                with _tried_again("noting that a server is lost"):
+                    if not self._changes.refusing:
+                        self._repair.keep(member)
             else:
                 self._repair.silent(member.server)
 

@@ -230,7 +230,7 @@ class Changes:
     def _servers_for(self, message: protocol.Allocate, replay: Replay | None, wanted: int) -> list[int]:
         if replay is not None:
             known = [server for server in replay.ids[1:] if server in self._members.by_id]
-            found = known or self._repair.reported(replay.ids[0])
+            found = known or self._repair.strays.servers(replay.ids[0])
             if found:
                 return found
         least = min(wanted, self._config.min_copies)

@@ -7,6 +7,7 @@ and what is older must not come after what is newer.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 
 import structlog
 import trio
@@ -69,8 +70,7 @@ class Control:
         self._check_rollback(told)
         known = self._members.by_id.get(told.server)
         row = self._members.register(told, self._clock.seconds)
-        # Whatever it was to do, it does not know of it any more.
-        self._repair.silent(told.server)
+        self._repair.restarted(told.server)
         if (known is None or known.row != row) and not self._changes.refusing:
             change = self._committer.change(
                 0, 0, lambda tx, _: tx.put(Table.SERVERS, server_key(told.server), row.pack()), frees=True
@@ -160,7 +160,7 @@ class Control:
                 log.warning("a replica is gone", chunk=f"{chunk:x}", server=member.server)
             if finding is not reports.Finding.FINE:
                 self._repair.look_at(chunk)
-            self._repair.gone(chunk, member.server)
+            self._repair.strays.discard(chunk, member.server)
 
     async def heartbeat(self, server: int, told: Heartbeat) -> HeartbeatReply:
         """Notes that the server is there, and what has changed; answers with its orders."""
@@ -181,10 +181,23 @@ class Control:
             log.info("chunkserver up", server=server, name=member.row.name)
             self._repair.survey(server)
             self._service.server_came_up()
-        if new:
-            await self._news(member, told)
+        if self._members.read_back(member, self._clock.seconds) and not self._changes.refusing:
+            log.info("chunkserver has read everything back", server=server, name=member.row.name)
+            with suppress(DfsError):  # no space: it is done again after the next start
+                self._repair.keep(member)
+        taken = not new or await self._take_news(member, told)
         orders = [] if self._window.open or self._changes.refusing else self._repair.orders_for(server)
-        return HeartbeatReply(epoch, told.number, False, orders)
+        return HeartbeatReply(epoch, told.number if taken else 0, False, orders)
+
+    async def _take_news(self, member: Member, told: Heartbeat) -> bool:
+        """False if there is no space to take note of all of it: the server is there nevertheless, and says it again."""
+        try:
+            await self._news(member, told)
+        except DfsError as error:
+            if error.code is not ErrorCode.NO_SPACE:
+                raise
+            return False
+        return True
 
     async def _news(self, member: Member, told: Heartbeat) -> None:
         # Results first: their orders are void after it, and a change that follows from one is not news any more.

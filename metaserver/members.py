@@ -59,16 +59,22 @@ class Member(msgspec.Struct, eq=False):
     read_bytes: int = 0
     written_bytes: int = 0
     unsealed: set[int] = set()
-    # It was LOST in this epoch, or is not known although it has had chunks (it was removed): what it has was out
-    # of sight, and counts for deleting others only once read back.
-    was_lost: bool = False
+    # What was read back of it since it was LOST (``was_lost``).
     verified: set[int] = set()
+    # Since when it is in sight: of the time before nobody knows what became of its disk.
+    seen_since: float = 0.0
     scrub: ScrubStatus | None = None
 
     @property
     def usable(self) -> bool:
         """Whether its disk takes data."""
         return self.disk_state in _USABLE
+
+    @property
+    def was_lost(self) -> bool:
+        """It was LOST, or removed although it has chunks: what it has was out of sight, and counts for deleting others
+        only once read back."""
+        return self.row.was_lost
 
     @property
     def shown_state(self) -> ServerState:
@@ -178,10 +184,12 @@ class Members:
             told.name, told.host, told.port, told.http_port, told.rack, told.labels, told.data_path, told.capacity,
             draining, told.device,
         )  # fmt: skip
-        member = Member(told.server, row, now, incarnation=told.incarnation, capacity=told.capacity, free=told.free)
+        member = Member(
+            told.server, row, now, incarnation=told.incarnation, capacity=told.capacity, free=told.free, seen_since=now
+        )
         if known is not None:
             member.state, member.reserved, member.unsealed = known.state, known.reserved, known.unsealed
-            member.was_lost = known.was_lost
+            row.was_lost = known.row.was_lost
             # Until it has reported it is not known what it still has.
             if member.state is ServerState.UP:
                 self._move(member, ServerState.DOWN)
@@ -189,7 +197,7 @@ class Members:
             # The chunks being written may outlive a server that was removed, and comes back.
             open_there = (chunk for chunk in self.open_chunks.values() if told.server in chunk.servers)
             member.reserved = sum(chunk.reserved for chunk in open_there)
-            member.was_lost = told.highest_chunk > 0
+            row.was_lost = told.highest_chunk > 0
         self.by_id[told.server] = member
         return row
 
@@ -222,6 +230,8 @@ class Members:
         member.stored, member.disk_state = told.stored, told.disk_state
         member.read_bytes, member.written_bytes = told.read_bytes, told.written_bytes
         if member.listed and member.state is not ServerState.UP:
+            if member.state is ServerState.LOST:
+                member.seen_since = now
             self._move(member, ServerState.UP)
         new = told.number > member.number
         member.number = max(member.number, told.number)
@@ -237,10 +247,24 @@ class Members:
                 changed.append(member)
             if member.state is ServerState.DOWN and silent > self._lost_after:
                 self._move(member, ServerState.LOST)
-                member.was_lost = True
-                member.verified.clear()
+                self._set_lost(member, was_lost=True)
                 changed.append(member)
         return changed
+
+    def read_back(self, member: Member, now: float) -> bool:
+        """Whether a server that was LOST has just said that it has read back everything since it returned."""
+        scrub = member.scrub
+        if not member.row.was_lost or not member.up or scrub is None or not scrub.last_pass_seconds:
+            return False
+        if now - (scrub.since_pass_seconds + scrub.last_pass_seconds) < member.seen_since:
+            return False
+        self._set_lost(member, was_lost=False)
+        return True
+
+    def _set_lost(self, member: Member, *, was_lost: bool) -> None:
+        # Another row: whoever writes it compares it with what was written.
+        member.row = msgspec.structs.replace(member.row, was_lost=was_lost)
+        member.verified.clear()
 
     def _move(self, member: Member, state: ServerState) -> None:
         if state not in SERVER_MOVES[member.state]:

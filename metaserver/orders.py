@@ -144,14 +144,15 @@ class Orders:
 
     # -- their end ---------------------------------------------------------------------------------------------
 
-    def take(self, number: int, server: int, now: float) -> Outstanding | None:
+    def find(self, number: int, server: int) -> Outstanding | None:
         """The order whose result this server tells; None if it is void or somebody else's."""
         outstanding = self._orders.get(number)
-        if outstanding is None or outstanding.server != server:
-            return None
-        self._answered[server] = now
-        self._drop(number)
-        return outstanding
+        return outstanding if outstanding is not None and outstanding.server == server else None
+
+    def answered(self, order: Order, now: float) -> None:
+        """The result has been taken note of."""
+        if order.order in self._orders:
+            self._answered[self._drop(order.order).server] = now
 
     def _drop(self, number: int) -> Outstanding:
         outstanding = self._orders.pop(number)

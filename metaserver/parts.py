@@ -56,7 +56,7 @@ class Parts:
         self.changes = changes = Changes(
             committer, config, clock, sessions, members, repair, tasks, steady_ns or now_ns
         )
-        tasks.carry_out, tasks.sealed, tasks.removed = changes.carry_out, repair.sealed, members.remove
+        tasks.carry_out, tasks.sealed, tasks.removed = changes.carry_out, repair.sealed, repair.removed
         self.flushing = flushing = Flushing(sessions)
         self.resuming = resuming = Resuming(
             committer, config, cluster_id, sessions, changes, flushing, tasks, clock, now_ns

@@ -63,11 +63,11 @@ Replicas = list[tuple[int, Replica]]
 
 
 class Hints(NamedTuple):
-    """What else is known. ``suspects``: (chunk, server) to verify before they count again. ``avoid``: servers that have
-    just failed this chunk, used only if there are no others. ``sending``: copies under way from each server.
+    """What else is known. ``suspects``: servers whose replica is verified before it counts again. ``avoid``: servers
+    that have just failed this chunk, used only if there are no others. ``sending``: copies under way from each server.
     ``unwanted``: a server whose replica goes if one of equally good ones has to."""
 
-    suspects: Collection[tuple[int, int]] = ()
+    suspects: Collection[int] = ()
     avoid: Collection[int] = ()
     sending: Mapping[int, int] = {}
     unwanted: int = 0
@@ -145,7 +145,7 @@ def _settle(chunk: int, up: Replicas, members: Members, hints: Hints) -> Step | 
     steps = []
     for server, replica in up:
         unsure, unsealed = replica.state == ReplicaState.UNSURE, chunk in members.by_id[server].unsealed
-        if unsure and (not unsealed or (chunk, server) in hints.suspects):
+        if unsure and (not unsealed or server in hints.suspects):
             steps.append(Step(Kind.VERIFY, server))
         elif unsealed and (unsure or replica.good):
             steps.append(Step(Kind.SEAL, server))

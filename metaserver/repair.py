@@ -37,8 +37,10 @@ from metaserver.schema import (
     parse_by_server_key,
     read_u64,
     replica_key,
+    server_key,
 )
 from metaserver.space import SHORT_GRACE_SECONDS
+from metaserver.strays import Strays
 
 log = structlog.get_logger(__name__)
 
@@ -111,8 +113,9 @@ class Repair:
         # Wanted elsewhere although nothing is wrong with them: chunk to (from, to).
         self._shifts: dict[int, tuple[int, int]] = {}
         self._dead_since: dict[int, float] = {}
-        self._suspects: set[tuple[int, int]] = set()
-        self._unknown: dict[tuple[int, int], float] = {}
+        # Servers whose replica is to be verified before it counts again, by chunk.
+        self._suspects: dict[int, set[int]] = {}
+        self.strays = Strays()
         self._surveys: dict[int, int] = {}
         self._walked = 0
         # After a rebuild: a server that took no part in it may have the only copy of what is unknown here.
@@ -140,13 +143,13 @@ class Repair:
 
     def doubt(self, chunk: int, server: int) -> None:
         """A client got wrong bytes there: the replica is verified before it counts again."""
-        self._suspects.add((chunk, server))
+        self._suspects.setdefault(chunk, set()).add(server)
         self.look_at(chunk)
 
     def found(self, member: Member, report: ReplicaReport, finding: Finding) -> None:
         """A replica was reported (``reports.apply_report``)."""
         if finding is Finding.UNKNOWN:
-            self._unknown.setdefault((report.chunk, member.server), self._clock.seconds)
+            self.strays.add(report.chunk, member.server, self._clock.seconds)
         elif finding is Finding.UNSEALED:
             member.unsealed.add(report.chunk)
             self.look_at(report.chunk)
@@ -158,14 +161,6 @@ class Repair:
                     self.orders.succeeded(report.chunk)  # what failed before may go well now
                 self.look_at(report.chunk)
 
-    def reported(self, chunk: int) -> list[int]:
-        """Servers that have a replica of a chunk without a row."""
-        return sorted(server for unknown, server in self._unknown if unknown == chunk)
-
-    def gone(self, chunk: int, server: int) -> None:
-        """The server says that it has no such replica (any more)."""
-        self._unknown.pop((chunk, server), None)
-
     def survey(self, server: int) -> None:
         """Looks at everything the server has: it has come UP, is LOST, or is being drained."""
         self._surveys[server] = 0
@@ -175,10 +170,26 @@ class Repair:
         for chunk in self.orders.void_at(server):
             self.look_at(chunk)
 
+    def restarted(self, server: int) -> None:
+        """The server has begun a new life: whatever it was to do, it does not know of it; it will say what it has."""
+        self.strays.forget(server)
+        self.silent(server)
+
     def lost(self, server: int) -> None:
         """The server is LOST: its chunks need other copies."""
         self.silent(server)
         self.survey(server)
+
+    def keep(self, member: Member) -> None:
+        """Writes what is known of a server down: that it was LOST outlives this process."""
+        row = member.row.pack()
+        self._committer.change(0, 0, lambda tx, _: tx.put(Table.SERVERS, server_key(member.server), row), frees=True)
+
+    def removed(self, server: int) -> None:
+        """The server is no member any more."""
+        self.strays.forget(server)
+        self._surveys.pop(server, None)
+        self._members.remove(server)
 
     def shift(self, chunk: int, giving: int, taking: int) -> None:
         """A replica is wanted on ``taking`` rather than on ``giving``, if nothing else is the matter."""
@@ -220,13 +231,17 @@ class Repair:
     def result(self, server: int, result: OrderResult) -> None:
         """An order was carried out, or failed. Results that come twice, or of an older epoch, change nothing."""
         now = self._clock.seconds
-        outstanding = self.orders.take(result.order, server, now) if result.epoch == self._committer.epoch else None
+        outstanding = self.orders.find(result.order, server) if result.epoch == self._committer.epoch else None
         if outstanding is None:
             return
         order = outstanding.order
+        # First of all: refused on a full disk, it leaves no trace, and the result comes again.
         if order.kind == OrderKind.COMPACT:
             self.compacted(order, server, result)
+            self.orders.answered(order, now)
             return
+        self._committer.change(0, 0, lambda tx, _: _apply_result(tx, server, order, result), frees=True)
+        self.orders.answered(order, now)
         if result.error:
             self._failed(outstanding, result)
         else:
@@ -235,7 +250,6 @@ class Repair:
                 self.orders.copied.add(order.length, now)
             if order.kind in (OrderKind.COPY, OrderKind.VERIFY):
                 self._members.by_id[server].verified.add(order.chunk)
-        self._committer.change(0, 0, lambda tx, _: _apply_result(tx, server, order, result), frees=True)
         if order.kind == OrderKind.SEAL and not result.error:
             self._members.by_id[server].unsealed.discard(order.chunk)
         self._settled(order, server, result)
@@ -245,12 +259,22 @@ class Repair:
         """What is known now of a replica that was to be verified or deleted."""
         unsealed = self._members.by_id[server].unsealed
         if order.kind == OrderKind.DELETE:
-            self._suspects.discard((order.chunk, server))
+            self._trust(order.chunk, server)
             unsealed.discard(order.chunk)
+            self._members.by_id[server].verified.discard(order.chunk)
+            if result.error in ("", ErrorCode.NO_SUCH_CHUNK.name):
+                self.strays.discard(order.chunk, server)
         elif order.kind == OrderKind.VERIFY and (not result.error or result.error in _USELESS):
-            self._suspects.discard((order.chunk, server))
+            self._trust(order.chunk, server)
             if not result.error and result.replica is not None and not result.replica.sealed:
                 unsealed.add(order.chunk)  # its bytes are right, and perhaps in memory only
+
+    def _trust(self, chunk: int, server: int) -> None:
+        """There is nothing more to be verified."""
+        suspects = self._suspects.get(chunk, set())
+        suspects.discard(server)
+        if not suspects:
+            self._suspects.pop(chunk, None)
 
     def _failed(self, outstanding: Outstanding, result: OrderResult) -> None:
         order, server = outstanding.order, outstanding.server
@@ -346,9 +370,7 @@ class Repair:
             return
         looked = self._look(chunk)
         if looked.row is None:
-            self._dead_since.pop(chunk, None)
-            self._shifts.pop(chunk, None)
-            self.orders.succeeded(chunk)
+            self._forget(chunk)
             return
         if looked.row.state == ChunkState.OPEN:
             self._end_damaged(chunk, looked.row, looked.replicas)
@@ -357,6 +379,14 @@ class Repair:
         step = self._plan(chunk, looked.row, looked.replicas)
         if step is not None:
             self._queues[step.kind.group].put(chunk, good_copies(looked.replicas, self._members))
+
+    def _forget(self, chunk: int) -> None:
+        """There is no such chunk any more."""
+        self._dead_since.pop(chunk, None)
+        self._shifts.pop(chunk, None)
+        self._suspects.pop(chunk, None)
+        if chunk not in self.strays:
+            self.orders.succeeded(chunk)
 
     def _end_damaged(self, chunk: int, row: Chunk, replicas: list[tuple[int, Replica]]) -> None:
         """A chunk that is being written can be repaired once its writer has ended it."""
@@ -372,7 +402,7 @@ class Repair:
             self._dead_since.setdefault(chunk, self._clock.seconds)
         giving, taking = self._shifts.get(chunk, (0, 0))
         now = self._clock.seconds
-        hints = Hints(self._suspects, self.orders.avoid(chunk, now), self.orders.sending, giving)
+        hints = Hints(self._suspects.get(chunk, ()), self.orders.avoid(chunk, now), self.orders.sending, giving)
         step = plan(chunk, row, replicas, self._members, hints)
         if step is None and taking:
             step = plan_shift(chunk, row, replicas, self._members, giving, taking)
@@ -429,6 +459,9 @@ class Repair:
         found, _ = self._committer.read(0, page)
         self._walked = found[-1] if len(found) == WALK_CHUNKS else 0
         self._fresh.update(dict.fromkeys(found))
+        if not self._walked:
+            # Chunks that are no more (their last server was removed, for instance) are not remembered.
+            self._fresh.update(dict.fromkeys((*self._dead_since, *self._shifts, *self._suspects)))
 
     async def _go_on_surveying(self) -> None:
         """Lost servers first: nothing but that tells what is most urgent."""
@@ -454,21 +487,16 @@ class Repair:
         """Has replicas of chunks that nobody knows deleted, after a grace."""
         now = self._clock.seconds
         limit = self._committer.id_limit(IdKind.CHUNK)
-        for (chunk, server), since in list(self._unknown.items()):
+        for chunk, server in self.strays.heard_before(now - self._config.delete_grace_seconds):
             member = self._members.by_id.get(server)
-            if now - since < self._config.delete_grace_seconds or member is None or not member.up:
+            if member is None or not member.up or not self.kept_below <= chunk < limit or chunk in self.orders:
                 continue
-            if not self.kept_below <= chunk < limit or chunk in self.orders:
-                continue
-            if not self.orders.room_for(server, OrderKind.DELETE):
-                continue
-            del self._unknown[(chunk, server)]
-            looked = self._look(chunk)
-            if looked.row is None:
+            if self._look(chunk).row is not None:
+                self.strays.discard(chunk, server)
+                self.look_at(chunk)
+            elif self.orders.may_try(chunk, now) and self.orders.room_for(server, OrderKind.DELETE):
                 log.info("deleting a replica of an unknown chunk", chunk=f"{chunk:x}", server=server)
                 self._issue(OrderKind.DELETE, chunk, None, Step(Kind.DELETE, server))
-            else:
-                self.look_at(chunk)
 
 
 def _prepare(tx: Transaction, chunk: int, row: Chunk, step: Step) -> None:

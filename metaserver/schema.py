@@ -420,7 +420,8 @@ class PackedMessage(msgspec.Struct, array_like=True):
 
 
 class Server(PackedMessage):
-    """A chunkserver that has registered. Its state is not stored: it follows from heartbeats (``members.py``)."""
+    """A chunkserver that has registered. Its state is not stored: it follows from heartbeats (``members.py``).
+    ``was_lost``: it was LOST, or removed, and has not read back all it has since it returned."""
 
     name: str
     host: str
@@ -432,6 +433,7 @@ class Server(PackedMessage):
     capacity: int
     draining: bool = False
     device: str = ""
+    was_lost: bool = False
 
 
 class Session(PackedMessage):

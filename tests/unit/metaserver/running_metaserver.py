@@ -224,13 +224,14 @@ class FakeServer:
         changes: list[protocol.ReplicaReport] | None = None,
         gone: list[int] | None = None,
         results: list[protocol.OrderResult] | None = None,
+        scrub: protocol.ScrubStatus | None = None,
     ) -> protocol.HeartbeatReply:
         self.heartbeats += 1
         reply = await self.control.heartbeat(
             self.number,
             Heartbeat(
                 self.incarnation, self.heartbeats, 1 << 40, self.free, len(self.replicas), "OK", changes or [],
-                gone or [], results or [], 0, 0, stored=sum(each.length for each in self.replicas.values()),
+                gone or [], results or [], 0, 0, scrub, stored=sum(each.length for each in self.replicas.values()),
             ),
         )  # fmt: skip
         self.orders = reply.orders

@@ -207,7 +207,7 @@ def servers(*up: int, down: tuple[int, ...] = (), lost: tuple[int, ...] = ()) ->
     return members
 
 
-def plan(tx: MemoryRows, chunk: int, members: Members, suspects: set[tuple[int, int]] | None = None) -> Step | None:
+def plan(tx: MemoryRows, chunk: int, members: Members, suspects: set[int] | None = None) -> Step | None:
     return planning.plan(chunk, find(tx, chunk), chunks.replicas(tx, chunk), members, planning.Hints(suspects or set()))
 
 
@@ -243,7 +243,7 @@ def test_replicas_are_sealed_and_doubts_settled_before_they_are_copied() -> None
     assert plan(tx, chunk, members) == Step(Kind.SEAL, 2)
     set_state(tx, chunk, 2, ReplicaState.UNSURE)
     assert plan(tx, chunk, members) == Step(Kind.SEAL, 2)
-    assert plan(tx, chunk, members, {(chunk, 2)}) == Step(Kind.VERIFY, 2)
+    assert plan(tx, chunk, members, {2}) == Step(Kind.VERIFY, 2)
     members.by_id[2].unsealed.clear()
     assert plan(tx, chunk, members) == Step(Kind.VERIFY, 2)
 
@@ -312,12 +312,12 @@ def test_what_a_lost_server_kept_is_read_back_before_it_counts() -> None:
     chunk = sealed(tx, (1, 2, 3))
     members = servers(1, 2, 3)
     members.by_id[3].free = 5
-    members.by_id[1].was_lost = True
+    members.by_id[1].row.was_lost = True
     assert plan(tx, chunk, members) == Step(Kind.VERIFY, 1)
     members.by_id[1].verified.add(chunk)
     assert plan(tx, chunk, members) == Step(Kind.DELETE, 3)
     # What goes need not be verified.
-    members.by_id[3].was_lost = True
+    members.by_id[3].row.was_lost = True
     assert plan(tx, chunk, members) == Step(Kind.DELETE, 3)
     # What is left of a damaged replica is needed if that is damaged as well.
     set_state(tx, chunk, 3, ReplicaState.BAD)

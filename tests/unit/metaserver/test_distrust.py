@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import trio.testing
-from running_metaserver import running
+from running_metaserver import Running, running
 from test_repair import states, three, written
 
 from metaserver import protocol
 from metaserver.errors import ErrorCode
-from metaserver.protocol import OrderKind, ReplicaReport, ReplicaState
+from metaserver.protocol import OrderKind, ReplicaReport, ReplicaState, ScrubStatus
 
 
 @pytest.fixture
@@ -161,3 +161,48 @@ async def test_what_a_server_says_is_taken_in_the_order_in_which_it_says_it(
             await trio.lowlevel.checkpoint()
             nursery.start_soon(server.beat, None, [chunk])
         assert states(metaserver, chunk)[number] is ReplicaState.BAD
+
+
+async def test_that_a_server_was_lost_outlives_the_metaserver(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """What comes back after years is not relied on because the metaserver was restarted meanwhile."""
+    async with running(data, lost_after_seconds=20.0, session_deadline_seconds=1e6) as metaserver:
+        mount, world = await three(metaserver)
+        chunk = await written(mount, world.servers)
+        await world.run(8)
+        lost, other = sorted(states(metaserver, chunk))
+        (third,) = {1, 2, 3} - {lost, other}
+        world.stopped.add(lost)
+        await world.run(60)
+        assert states(metaserver, chunk)[third] is ReplicaState.GOOD
+        await mount.sync()
+    world.done.clear()
+    async with running(data, window_seconds=1.0) as metaserver:
+        for server in world.servers.values():
+            server.control = metaserver.parts.control
+            await server.start()
+        world.stopped.clear()
+        member = metaserver.parts.members.by_id[lost]
+        assert member.was_lost
+        # Full, so that one of the others is to go.
+        for number in (other, third):
+            world.servers[number].free = 1 << 30
+        await world.run(30)
+        verified = world.done.index((OrderKind.VERIFY, chunk, lost))
+        (deleted,) = (place for place, each in enumerate(world.done) if each[0] is OrderKind.DELETE)
+        assert verified < deleted
+        # A pass over everything, begun before it returned, does not count; one begun afterwards does.
+        await world.run(100)
+        for began, trusted in ((1e4, False), (50.0, True)):
+            await world.servers[lost].beat(scrub=ScrubStatus(0, 0, 0.0, 0.0, 0, began - 10.0, 10.0))
+            assert member.was_lost is not trusted
+        await world.servers[lost].start()
+        assert not metaserver.parts.members.by_id[lost].was_lost
+        await mount_synced(metaserver)
+    async with running(data, window_seconds=1.0) as metaserver:
+        assert not any(member.was_lost for member in metaserver.parts.members.by_id.values())
+
+
+async def mount_synced(metaserver: Running) -> None:
+    await metaserver.committer.wait_durable(metaserver.committer.newest)

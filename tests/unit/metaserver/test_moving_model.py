@@ -81,7 +81,7 @@ class Cluster:
         member = self.members.by_id[server]
         if what in ("down", "lost") and member.up:
             member.state = ServerState.DOWN if what == "down" else ServerState.LOST
-            member.was_lost |= what == "lost"
+            member.row.was_lost |= what == "lost"
         elif what == "up" and not member.up:
             self.report(server)
             member.state = ServerState.UP
@@ -292,7 +292,10 @@ def test_an_order_without_an_answer_is_given_elsewhere() -> None:
     other = orders.issue(OrderKind.SEAL, 1, 6, 2, None, 0, 0.0).order
     assert orders.expire(100.0) == []
     # Its server works on others: it may be their turn.
-    assert orders.take(other, 2, 140.0) is not None
+    found = orders.find(other, 2)
+    assert found is not None
+    orders.answered(found.order, 140.0)
+    assert orders.find(other, 2) is None
     assert orders.expire(200.0) == []
     assert orders.expire(300.0) == [5]
     assert orders.avoid(5, 300.0) == {2}

@@ -8,6 +8,7 @@ import trio.testing
 from running_metaserver import FakeServer, Mount, Running, running
 
 from metaserver import chunks, protocol
+from metaserver.changelog import LogFull
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import ChunkState, OrderKind, OrderResult, ReplicaReport, ReplicaState, ReportPage
 from metaserver.schema import IdKind
@@ -393,3 +394,77 @@ async def test_a_replica_that_was_verified_after_the_listing_counts_again(
             await world.servers[number].beat(changes=[late])
         await world.run(30)
         assert states(metaserver, chunk) == dict.fromkeys(holders, ReplicaState.GOOD)
+
+
+async def test_a_replica_of_an_unknown_chunk_goes_although_its_deletion_fails_or_is_void(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running(data) as metaserver:
+        limit = metaserver.committer.id_limit(IdKind.CHUNK)
+    async with running(data, delete_grace_seconds=5.0, window_seconds=1.0) as metaserver:
+        server = await metaserver.server(1)
+        stray = limit - 1
+        server.replicas = {stray: ReplicaReport(stray, 5, 1, 1, True)}
+        await server.start()
+        servers = Obedient([server])
+        servers.fail[(OrderKind.DELETE, 1)] = ErrorCode.DISK_FULL.name
+        await servers.run(20)
+        assert (OrderKind.DELETE, stray, 1) in servers.done
+        assert len(metaserver.parts.repair.strays) == 1
+        # The order is void, and the server has it still.
+        servers.fail.clear()
+        servers.idle.add(1)
+        await servers.run(200)
+        servers.idle.clear()
+        servers.done.clear()
+        await servers.run(400)
+        assert servers.done == [(OrderKind.DELETE, stray, 1)]
+        assert len(metaserver.parts.repair.strays) == 0
+
+
+async def test_what_is_unknown_of_a_removed_server_is_forgotten(
+    data: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running(data) as metaserver:
+        _, servers = await three(metaserver)
+        server = servers.servers[3]
+        server.replicas = {1 << 40: ReplicaReport(1 << 40, 5, 1, 1, True)}
+        await server.start()
+        assert metaserver.parts.repair.strays.servers(1 << 40) == [3]
+        # Its next life does not have it any more.
+        server.replicas.clear()
+        await server.start()
+        assert len(metaserver.parts.repair.strays) == 0
+        server.replicas = {1 << 40: ReplicaReport(1 << 40, 5, 1, 1, True)}
+        await server.start()
+        metaserver.parts.repair.removed(3)
+        assert len(metaserver.parts.repair.strays) == 0
+
+
+async def test_news_that_there_is_no_space_for_comes_again_and_its_server_stays_up(
+    data: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(data, delete_grace_seconds=0.0) as metaserver:
+        mount, servers = await three(metaserver)
+        chunk = await written(mount, servers.servers)
+        await servers.run(8)
+        first = min(states(metaserver, chunk))
+        await mount.unlink(b"f")
+        await trio.sleep(2.1)
+        server = servers.servers[first]
+        await server.beat()
+        (order,) = server.orders
+        result = OrderResult(order.order, order.epoch, "")
+
+        def full(*_: object) -> None:
+            raise LogFull
+
+        with monkeypatch.context() as patch:
+            patch.setattr(metaserver.committer.log, "append", full)
+            reply = await server.beat(results=[result])
+            assert (reply.acknowledged, reply.register_again) == (0, False)
+            assert metaserver.parts.members.by_id[first].up
+        # As the outbox does it.
+        reply = await server.beat(results=[result])
+        assert reply.acknowledged == server.heartbeats
+        assert first not in states(metaserver, chunk)

@@ -34,7 +34,7 @@ ROWS: dict[str, PackedRow | Listed | PackedMessage] = {
     "rows_replica.bin": Replica(1, 0, 1 << 26, 1000, 0xDEADBEEF),
     "rows_total.bin": Total(1 << 33, 0xDEADBEEF),
     "rows_boot.bin": Boot(bytes(range(16)), True, False),
-    "rows_server.bin": Server("disk1", "host", 7000, 7001, "rack", ["ssd"], "/data", 1 << 40, True, "host:2049"),
+    "rows_server.bin": Server("disk1", "host", 7000, 7001, "rack", ["ssd"], "/data", 1 << 40, True, "host:2049", True),
     "rows_session.bin": Session("host", "/mnt", 123, 1, False, 10**18, 9),
     "rows_answer.bin": StoredAnswer(b"\x95", 111, "withdrawn"),
     "rows_task.bin": Task(TaskKind.SET_COPIES, 77, 4096, 3, [(77, 5), (1 << 40, 0)]),
@@ -90,3 +90,8 @@ def test_the_end_of_a_prefix() -> None:
     assert schema.after(b"a\xff\xff") == b"b"
     prefix = schema.key_u64((1 << 64) - 2)
     assert prefix + b"\xff" * 9 < schema.after(prefix) <= schema.key_u64((1 << 64) - 1)
+
+
+def test_a_server_written_before_there_were_more_fields_can_be_read() -> None:
+    old = msgspec.msgpack.encode(["disk1", "host", 7000, 7001, "", [], "/data", 1 << 40])
+    assert Server.unpack(old) == Server("disk1", "host", 7000, 7001, "", [], "/data", 1 << 40)
