@@ -36,6 +36,8 @@ BUSY_BYTES_PER_SECOND = 8 << 20
 BUSY_SHARE = 0.25
 # With little data a pass would take seconds: the next begins not sooner than this after the last began.
 LEAST_PASS_SECONDS = 3600.0
+# Without anything to read there is no pass: so soon it is looked again.
+EMPTY_SECONDS = 60.0
 # A start has better things to do.
 FIRST_SECONDS = 10.0
 SAVE_SECONDS = 60.0
@@ -156,7 +158,10 @@ class Scrubber:
         await self._rest(FIRST_SECONDS)
         while True:
             await self._rest(self._until_next())
-            await self._pass()
+            if not self._restart and not any(map(_to_be_read, self._table.replicas())):
+                await self._rest(EMPTY_SECONDS)
+            else:
+                await self._pass()
 
     async def _rest(self, seconds: float) -> None:
         """Waits, or until a pass is asked for."""
@@ -204,7 +209,12 @@ class Scrubber:
             await self._ended()
 
     async def _ended(self) -> None:
+        """What has read nothing says nothing of what is there: it is not the last pass that is shown."""
         state, now_ns = self._state, self._table.now_ns()
+        if not state.done_bytes:
+            log.info("there was nothing to scrub")
+            state.position, state.began_ns = -1, 0
+            return
         state.last_seconds, state.last_ended_ns = max(0.0, (now_ns - state.began_ns) / _NS), now_ns
         log.info(
             "scrubbed everything", bytes=state.done_bytes, seconds=round(state.last_seconds), bad=len(self._damaged)

@@ -40,6 +40,8 @@ class Store:
         self.table = table
         self.appends = Appends(table)
         self.reads = Reads(table)
+        # Files of deleted chunks that could not be removed: whoever asked asks again.
+        self._unremoved: dict[int, str] = {}
 
     async def seal(self, chunk: int, length: int, entries: int, chain: int) -> Replica:
         """Ends a chunk at exactly this point, durably; appends are refused from now on whatever comes of it.
@@ -132,25 +134,26 @@ class Store:
     async def delete(self, chunk: int) -> None:
         """Removes a replica, first from memory, so that later appends answer NO_SUCH_CHUNK.
 
-        Nothing happens if there is none. DISK_FAILED if the file cannot be removed.
+        Nothing happens if there is none. DISK_FULL (try again) or DISK_FAILED if the file cannot be removed.
         """
         replica = self.table.get(chunk)
         self.table.remember_deleted(chunk)
-        if replica is None:
+        if replica is not None:
+            self._leave(replica)
+        path = self._unremoved.pop(chunk, "") if replica is None else replica.path
+        if not path:
             return
-        self._leave(replica)
         try:
-            await self.table.run_sync(
-                self._unlink, replica.path, limiter=self.table.limits.changes, abandon_on_cancel=True
-            )
+            await self.table.run_sync(self._unlink, path, limiter=self.table.limits.changes, abandon_on_cancel=True)
         except FileNotFoundError:
             pass
         except OSError as error:
-            if error.errno in FULL_ERRNOS:  # some file systems need space to remove: the next start finds it again
-                raise DfsError(ErrorCode.DISK_FULL, f"cannot remove {replica.path}: {error.strerror}") from None
-            self.table.disk_failed(f"cannot remove {replica.path}: {error.strerror}")
+            if error.errno in FULL_ERRNOS:  # some file systems need space to remove
+                self._unremoved[chunk] = path
+                raise DfsError(ErrorCode.DISK_FULL, f"cannot remove {path}: {error.strerror}") from None
+            self.table.disk_failed(f"cannot remove {path}: {error.strerror}")
             raise DfsError(ErrorCode.DISK_FAILED, self.table.disk_error) from None
-        self.table.directory_changed(parent(replica.path))
+        self.table.directory_changed(parent(path))
         self.table.on_gone(chunk)
 
     def _leave(self, replica: Replica) -> None:
@@ -174,5 +177,6 @@ class Store:
         old = self.table.get(replica.chunk)
         if old is not None:
             self._leave(old)
+        self._unremoved.pop(replica.chunk, None)  # it has taken the place of that file
         self.table.add(replica)
         self.table.on_change(replica)

@@ -300,3 +300,21 @@ async def test_what_is_deleted_meanwhile_is_no_damage(
         assert opened(started) == [1, 2]
         assert scrubber(started).report().damaged == []
         assert scrubber(started).status().bad == 0
+
+
+async def test_a_pass_over_nothing_does_not_count_as_one(start: Start, autojump_clock: MockClock) -> None:
+    async with start() as started:
+        found = scrubber(started)
+        await trio.sleep(scrub.FIRST_SECONDS + 10 * scrub.EMPTY_SECONDS)
+        assert (found.status().last_pass_seconds, found.status().since_pass_seconds) == (0.0, 0.0)
+        # One that was asked for comes to its end, and says so little, too.
+        number = found.ask()
+        await trio.sleep(10)
+        assert found.report().completed == number
+        assert found.status().since_pass_seconds == 0.0
+        assert not (started.path / scrub.FILE).exists()
+        # What comes is read without waiting for an hour.
+        await sealed(started, 1)
+        await trio.sleep(2 * scrub.EMPTY_SECONDS + 10)
+        assert opened(started) == [1]
+        assert found.status().last_pass_seconds > 0

@@ -540,3 +540,19 @@ def test_local_disk_reads_past_the_page_cache(tmp_path: Path) -> None:
     direct = disk.open_direct("file")
     for offset, length in [(0, 100), (5, 1 << 20), (4096, 4096), (4095, 2), (2_999_000, 100_000), (5_000_000, 10)]:
         assert bytes(direct.read_from_disk(length, offset)) == (bytes(5) + data)[offset : offset + length]
+
+
+async def test_a_file_that_could_not_be_removed_is_removed_when_asked_again(start_node: StartNode, pool: Pool) -> None:
+    """Until its server's next start it would take up the space that its deletion was to give back."""
+    async with start_node(wrap=FaultyDisk) as a:
+        writer = Writer(CHUNK)
+        await writer.send(pool, a.peer, b"x" * 1000, sync=True)
+        faulty(a).faults["unlink"] = [errno.ENOSPC, errno.ENOSPC]
+        for _ in range(2):
+            await refused(ErrorCode.DISK_FULL, a.store.delete(CHUNK))
+            assert chunk_file(a).exists()
+            assert CHUNK not in a.node.outbox.parcel().gone
+        await a.store.delete(CHUNK)
+        assert not chunk_file(a).exists()
+        assert CHUNK in a.node.outbox.parcel().gone
+        assert a.store.table.disk_state == "OK"
