@@ -65,6 +65,22 @@ def load(disk: Disk) -> Identity | None:
     return None
 
 
+def lost(disk: Disk, identity: Identity) -> str:
+    """Why the directory is not this server's any more (emptied, unmounted, or another in its place); "" if it is.
+
+    What cannot be read may still be there: that is for those to find out who read chunks.
+    """
+    try:
+        found = load(disk)
+    except (DataDirectoryError, OSError):
+        return ""
+    if found is None:
+        return f"{disk.root} was emptied or unmounted: this server's {FILE} is gone"
+    if found.server != identity.server:
+        return f"{disk.root} is the directory of server {found.server} now"
+    return ""
+
+
 def _load(disk: Disk, name: str) -> Identity | str | None:
     """One copy, or what is wrong with it; None if it is not there."""
     try:

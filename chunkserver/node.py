@@ -42,6 +42,8 @@ log = structlog.get_logger(__name__)
 TICK_SECONDS = 0.5
 # Adding up what is stored looks at every replica: 0.2 us each.
 STORED_TICKS = 4
+# How often it is looked whether the directory is still this server's.
+DIRECTORY_SECONDS = 10.0
 # Replicas that were not sealed are read back before the first report, if that takes no longer; the rest follows.
 VERIFY_FIRST_SECONDS = 15.0
 # What is passed on to a server that leaves pings unanswered for so long has failed. Longer than a mount's patience (it
@@ -134,6 +136,7 @@ class Node:
         self._stored = table.stored_bytes()
         self._nursery.start_soon(self._verify, self.running.store)
         self._nursery.start_soon(self._tick)
+        self._nursery.start_soon(self._watch_directory, self.disk.space().device)
         self._nursery.start_soon(self.running.scrubber.run)
         self._post_snapshot()
         log.info("found chunks", count=len(found), directory=self.disk.root)
@@ -159,6 +162,29 @@ class Node:
             self._post_snapshot()
             await table.sync_directories()
 
+    async def _watch_directory(self, device: str) -> None:
+        """Says so when the directory is not this server's any more: what is in memory describes files that are gone.
+
+        For good: what comes back may be an older state of it, or lack files, and only a start looks at all of it. The
+        lock is on the directory that was there, too; on the new one a second process may be at work.
+        """
+        assert self.running is not None
+        table, gone = self.running.store.table, False
+        while True:
+            await trio.sleep(DIRECTORY_SECONDS)
+            text = await self._run_sync(self._find_loss, device)
+            if text:
+                gone = True
+                table.disk_gone(text)
+            elif gone:
+                table.disk_gone(f"{self.disk.root} was gone for a while: restart this server, which looks at all of it")
+
+    def _find_loss(self, device: str) -> str:
+        with suppress(OSError):
+            if self.disk.space().device != device:
+                return f"{self.disk.root} was unmounted, or another file system was mounted there"
+        return identities.lost(self.disk, self.identity)
+
     def _post_snapshot(self) -> None:
         assert self.running is not None
         table = self.running.store.table
@@ -174,6 +200,7 @@ class Node:
                 self._stored,
                 table.spare,
                 self.running.scrubber.status(),
+                table.disk_error,
             )
         )
 
@@ -199,7 +226,10 @@ class Node:
 
     def registration(self, *, host: str, port: int, http_port: int, rack: str, labels: list[str]) -> Register:
         table = self.running.store.table if self.running else None
-        space = self.disk.space()
+        try:
+            space = self.disk.space()
+        except OSError as error:
+            raise DfsError(ErrorCode.DISK_FAILED, f"cannot look at {self.disk.root}: {error.strerror}") from None
         highest_chunk = max(self.identity.highest_chunk, table.highest_chunk if table else 0)
         return Register(
             server=self.identity.server,
@@ -248,10 +278,17 @@ class Node:
         if self.running is not None:
             identity.highest_chunk = max(identity.highest_chunk, self.running.store.table.highest_chunk)
         try:
-            await self._run_sync(identities.save, self.disk, identity)
+            await self._run_sync(self._save_file, identity)
         except OSError as error:
             raise DfsError(ErrorCode.DISK_FAILED, f"cannot write {identities.FILE}: {error.strerror}") from None
         self.identity = identity
+
+    def _save_file(self, identity: Identity) -> None:
+        """Not into a directory that has come to be where this server's was: it would pass for it at the next start."""
+        text = identities.lost(self.disk, identity)
+        if text:
+            raise DfsError(ErrorCode.DISK_FAILED, text)
+        identities.save(self.disk, identity)
 
     def listing(self) -> list[ReplicaReport]:
         """All replicas that count; what is in the outbox about chunks is said by this and forgotten."""

@@ -55,6 +55,7 @@ class Snapshot(NamedTuple):
     stored: int = -1
     spare: int = 0
     scrub: ScrubStatus | None = None
+    disk_error: str = ""
 
 
 class Parcel(NamedTuple):
@@ -325,6 +326,7 @@ def make_heartbeat(incarnation: int, number: int, snapshot: Snapshot, parcel: Pa
         stored=snapshot.stored,
         spare=snapshot.spare,
         scrub=snapshot.scrub,
+        disk_error=snapshot.disk_error,
     )
 
 

@@ -266,6 +266,12 @@ class Table:
             self.disk_error = text
             log.error("the disk has failed; nothing more is written to it", reason=text)
 
+    def disk_gone(self, text: str) -> None:
+        """As :meth:`disk_failed`, and a better reason than whatever failed because of it."""
+        if self.disk_error != text:
+            self.disk_error = text
+            log.error("the data directory is gone; nothing more is written to it", reason=text)
+
     def report_bad(self, replica: Replica, code: ErrorCode) -> None:
         """Blocks of it are wrong or unreadable: others may still be read, but it no longer counts as a copy.
 

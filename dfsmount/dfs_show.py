@@ -84,8 +84,8 @@ def space_troubles(status: Status) -> list[str]:
         found.append("the metaserver's disk is full: files can only be deleted until something on it is removed")
     if status.unprotected:
         found.append("the metadata could not be rebuilt now: make space for a snapshot on the metaserver's disk")
-    broken = [server.name for server in status.servers if server.disk_state == "FAILED"]
-    found += [f"the disk of {name} has failed: look at its log and replace it" for name in broken]
+    broken = [server for server in status.servers if server.disk_state == "FAILED"]
+    found += [f"the disk of {one.name} has failed: {one.disk_error or 'look at its log'}" for one in broken]
     full = [server.name for server in status.servers if server.disk_state == "FULL" and server.state == "UP"]
     if status.total and status.free * 500 < status.total:
         found.append("full: nothing can be written; delete files or add chunkservers")

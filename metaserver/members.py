@@ -56,6 +56,7 @@ class Member(msgspec.Struct, eq=False):
     # What its replicas take up; -1: it has not told.
     stored: int = -1
     disk_state: str = ""
+    disk_error: str = ""
     read_bytes: int = 0
     written_bytes: int = 0
     unsealed: set[int] = set()
@@ -227,7 +228,7 @@ class Members:
         member.heard = now
         member.scrub = told.scrub
         member.capacity, member.free, member.spare, member.chunks = told.capacity, told.free, told.spare, told.chunks
-        member.stored, member.disk_state = told.stored, told.disk_state
+        member.stored, member.disk_state, member.disk_error = told.stored, told.disk_state, told.disk_error
         member.read_bytes, member.written_bytes = told.read_bytes, told.written_bytes
         if member.listed and member.state is not ServerState.UP:
             if member.state is ServerState.LOST:

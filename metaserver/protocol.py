@@ -801,6 +801,8 @@ class Heartbeat(Json):
     scrub: ScrubStatus | None = None
     stored: int = -1
     spare: int = 0
+    # Why the disk is FAILED.
+    disk_error: str = ""
 
 
 class HeartbeatReply(Json):
@@ -836,6 +838,8 @@ class ServerStatus(Json):
     to_move_stuck: int = 0
     # What its replicas take up; -1: it has not told.
     stored: int = -1
+    # Why its disk is FAILED.
+    disk_error: str = ""
 
 
 class SessionStatus(Json):

@@ -139,6 +139,7 @@ class StatusReader:
                 disk_state=member.disk_state,
                 scrub=member.scrub,
                 stored=member.stored,
+                disk_error=member.disk_error,
             )
             for _, member in sorted(self._members.by_id.items())
         ]
