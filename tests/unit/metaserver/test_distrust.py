@@ -3,12 +3,15 @@
 Each of these began as a way to lose data that a review found.
 """
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio.testing
-from running_metaserver import Running, running
-from test_repair import states, three, written
+from running_metaserver import Mount, Running, running
+from test_repair import Obedient, states, three, written
 
 from metaserver import protocol
 from metaserver.errors import ErrorCode
@@ -20,14 +23,21 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@asynccontextmanager
+async def one_chunk(data: Path, **more: Any) -> AsyncIterator[tuple[Running, Mount, Obedient, int]]:
+    """Three chunkservers, and a sealed chunk on two of them."""
+    async with running(data, **more) as metaserver:
+        mount, world = await three(metaserver)
+        chunk = await written(mount, world.servers)
+        await world.run(8)
+        yield metaserver, mount, world, chunk
+
+
 async def test_damage_is_not_forgotten_when_a_chunkserver_restarts(
     data: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     """A start looks at headers and indexes only: what the scrubber had found rotten looks right again."""
-    async with running(data) as metaserver:
-        mount, world = await three(metaserver)
-        chunk = await written(mount, world.servers)
-        await world.run(8)
+    async with one_chunk(data) as (metaserver, mount, world, chunk):
         rotten, _ = sorted(states(metaserver, chunk))
         server = world.servers[rotten]
         await server.beat(changes=[ReplicaReport(chunk, 100, 1, 77, True, ErrorCode.BAD_CHECKSUM.name)])
@@ -42,10 +52,7 @@ async def test_damage_is_not_forgotten_when_a_chunkserver_restarts(
 
 
 async def test_a_mounts_doubt_outlives_registrations(data: Path, autojump_clock: trio.testing.MockClock) -> None:
-    async with running(data) as metaserver:
-        mount, world = await three(metaserver)
-        chunk = await written(mount, world.servers)
-        await world.run(8)
+    async with one_chunk(data) as (metaserver, mount, world, chunk):
         wrong, _ = sorted(states(metaserver, chunk))
         doubt = protocol.ReportReplica(chunk, wrong, ErrorCode.BAD_CHECKSUM, "a block differs")
         await mount.call(protocol.REPORT_REPLICA, doubt)
@@ -91,10 +98,7 @@ async def test_what_was_read_back_but_never_synced_is_sealed_before_it_counts(
 async def test_a_verification_that_did_not_take_place_settles_nothing(
     data: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with running(data) as metaserver:
-        mount, world = await three(metaserver)
-        chunk = await written(mount, world.servers)
-        await world.run(8)
+    async with one_chunk(data) as (metaserver, mount, world, chunk):
         before = states(metaserver, chunk)
         wrong, _ = sorted(before)
         doubt = protocol.ReportReplica(chunk, wrong, ErrorCode.BAD_CHECKSUM, "a block differs")
@@ -111,10 +115,12 @@ async def test_a_verification_that_did_not_take_place_settles_nothing(
 async def test_the_last_right_replica_is_not_deleted_because_it_was_superfluous_once(
     data: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with running(data, lost_after_seconds=20.0, session_deadline_seconds=1e6) as metaserver:
-        mount, world = await three(metaserver)
-        chunk = await written(mount, world.servers)
-        await world.run(8)
+    async with one_chunk(data, lost_after_seconds=20.0, session_deadline_seconds=1e6) as (
+        metaserver,
+        mount,
+        world,
+        chunk,
+    ):
         (spare,) = {1, 2, 3} - set(states(metaserver, chunk))
         held = world.servers[spare]
         # A third copy comes up, and is to go; its server stops before it has carried that out.
@@ -149,10 +155,7 @@ async def test_what_a_server_says_is_taken_in_the_order_in_which_it_says_it(
     data: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     """A long heartbeat that was given up for being late is still being worked on when the next one comes."""
-    async with running(data) as metaserver:
-        mount, world = await three(metaserver)
-        chunk = await written(mount, world.servers)
-        await world.run(8)
+    async with one_chunk(data) as (metaserver, mount, world, chunk):
         number, _ = sorted(states(metaserver, chunk))
         server = world.servers[number]
         others = [ReplicaReport(1 << 40 | each, 1, 1, 1, True) for each in range(1000)]
@@ -167,10 +170,12 @@ async def test_that_a_server_was_lost_outlives_the_metaserver(
     data: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     """What comes back after years is not relied on because the metaserver was restarted meanwhile."""
-    async with running(data, lost_after_seconds=20.0, session_deadline_seconds=1e6) as metaserver:
-        mount, world = await three(metaserver)
-        chunk = await written(mount, world.servers)
-        await world.run(8)
+    async with one_chunk(data, lost_after_seconds=20.0, session_deadline_seconds=1e6) as (
+        metaserver,
+        mount,
+        world,
+        chunk,
+    ):
         lost, other = sorted(states(metaserver, chunk))
         (third,) = {1, 2, 3} - {lost, other}
         world.stopped.add(lost)
