@@ -38,8 +38,6 @@ DEFAULT_TIMEOUT_SECONDS = 30.0
 # A receive buffer that takes a burst of small frames in one system call; larger payloads get a buffer of their own.
 RECEIVE_BUFFER_BYTES = 256 << 10
 DIRECT_PAYLOAD_BYTES = 16 << 10
-# Above this many unsent bytes, `room` makes those wait who can.
-BACKLOG_BYTES = 8 << 20
 # Requests in work per connection; beyond, nothing more is read from it.
 MAX_RUNNING = 512
 # And so many bytes of their payloads: a sender that is faster than the disks waits in its own memory, not in ours.
@@ -178,7 +176,6 @@ class Connection:
         self._backlog: deque[memoryview] = deque()
         self._backlog_bytes = 0
         self._backlog_added = trio.Event()
-        self._room = trio.lowlevel.ParkingLot()
         self._corked = False
         self._nursery: trio.Nursery | None = None
 
@@ -226,11 +223,6 @@ class Connection:
         if self.lost is None:
             body = wire.encode(wire.Request(0, 0, 0, message, None))
             self._send(Kind.PUSH, method.number, 0, body, (), trace_id)
-
-    async def room(self) -> None:
-        """Waits while too much is queued for sending; for those who send payloads."""
-        while self._backlog_bytes > BACKLOG_BYTES and self.lost is None:
-            await self._room.park()
 
     @property
     def calls_in_flight(self) -> int:
@@ -281,7 +273,6 @@ class Connection:
             call.resolve(None, self.lost)
         self._backlog.clear()
         self._backlog_bytes = 0
-        self._room.unpark_all()
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
 
@@ -347,8 +338,6 @@ class Connection:
                 while self._backlog:
                     await self.transport.wait_writable()
                     self._flush()
-                    if self._backlog_bytes <= BACKLOG_BYTES:
-                        self._room.unpark_all()
         except DfsError as error:
             self._end(error)
 
