@@ -35,7 +35,7 @@ Mounts a directory of a cluster. In the background unless -f is given: the comma
                           how long attributes and names are cached (default 1)
        cache_mib=N        memory for blocks that were read
        dirty_mib=N        memory for data that is not written yet
-       log_file=PATH      where a background mount logs (default: syslog)
+       log_file=PATH      where it logs (default: syslog; with -f standard error)
      and what mount(8) passes along: rw, noexec, nosuid, dev, suid, noauto, nofail, _netdev, x-...
   -h, --help         this text;  -V, --version
 
@@ -144,7 +144,7 @@ def _run(program: str, plan: MountPlan, failed: int) -> int:
     try:
         plan = mount.prepare(plan)
         if plan.foreground:
-            _log(plan.options)
+            _log(plan.options, _open_log(plan.options))
             return mount.run(plan, lambda: None)
         return _in_background(program, plan, failed)
     except mount.MountError as error:
@@ -152,10 +152,24 @@ def _run(program: str, plan: MountPlan, failed: int) -> int:
         return failed
 
 
-def _log(options: Options) -> None:
+def _log(options: Options, descriptor: int | None = None) -> None:
+    """To standard error, or to an open file (what is printed still goes to the terminal)."""
     from metaserver import logs
 
-    logs.configure("debug" if options.debug else "info")
+    # Open until the end of the process.
+    stream = None if descriptor is None else os.fdopen(descriptor, "a", buffering=1)
+    logs.configure("debug" if options.debug else "info", stream=stream)
+
+
+def _open_log(options: Options) -> int | None:
+    if options.log_file is None:
+        return None
+    try:
+        return os.open(options.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+    except OSError as error:
+        from dfsmount import mount
+
+        raise mount.MountError(f"cannot write the log {options.log_file}: {error.strerror}") from None
 
 
 def _in_background(program: str, plan: MountPlan, failed: int) -> int:
@@ -214,14 +228,8 @@ def _tell(descriptor: int, line: str) -> None:
 def _redirect(options: Options) -> None:
     """Standard input and output to nowhere; standard error to the log file, or to syslog."""
     nowhere = os.open(os.devnull, os.O_RDWR)
-    log = nowhere
-    if options.log_file is not None:
-        try:
-            log = os.open(options.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
-        except OSError as error:
-            from dfsmount import mount
-
-            raise mount.MountError(f"cannot write the log {options.log_file}: {error.strerror}") from None
+    opened = _open_log(options)
+    log = nowhere if opened is None else opened
     for descriptor, target in ((0, nowhere), (1, nowhere), (2, log)):
         os.dup2(target, descriptor)
     if options.log_file is None:

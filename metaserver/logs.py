@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from typing import TextIO
 
 import structlog
 
@@ -10,13 +11,15 @@ LEVELS = ("debug", "info", "warning", "error")
 _CHATTY = ("httpx", "httpcore", "hypercorn.access")
 
 
-def configure(level: str = "info", json: bool = False) -> None:
+def configure(level: str = "info", json: bool = False, stream: TextIO | None = None) -> None:
     """Sets up structlog and the standard library's logging for this process; call once, from a command line.
 
-    ``level`` is one of :data:`LEVELS`. Tracebacks are plain: a renderer that shows local variables would show keys.
+    ``level`` is one of :data:`LEVELS`; ``stream`` is standard error if nothing is said. Tracebacks are plain: a
+    renderer that shows local variables would show keys.
     """
     if level not in LEVELS:
         raise ValueError(f"log level {level!r} is not one of {', '.join(LEVELS)}")
+    stream = stream or sys.stderr
     number = getattr(logging, level.upper())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -27,18 +30,18 @@ def configure(level: str = "info", json: bool = False) -> None:
     if json:
         rendering = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        colors = sys.stderr.isatty()
+        colors = stream.isatty()
         rendering = [
             structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback),
         ]
     structlog.configure(
         processors=[*shared, *rendering],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(stream),
         # Costs a microsecond a line; cached loggers would outlive what a test configures.
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

@@ -183,6 +183,33 @@ def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
         cli._redirect(plan.options)
 
 
+def test_a_mount_in_the_foreground_logs_to_its_file_and_fails_on_the_terminal(tmp_path: Path) -> None:
+    script = f"""
+import pathlib
+from dfsmount import cli, mount
+mount.FUSE_DEVICE = pathlib.Path("/dev/null")
+mount.shutil.which = lambda name: name
+
+def run(plan, ready):
+    mount.log.info("was here")
+    raise mount.MountError("why not")
+
+mount.run = run
+cli.main(["-f", "127.0.0.1:1", {str(tmp_path)!r}, "-o", "log_file={tmp_path}/log"])
+"""
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, "dfsmount: why not\n")
+    assert "was here" in (tmp_path / "log").read_text()
+
+
 def test_syslog_gets_whole_lines() -> None:
     lines: list[str] = []
     stream = cli.SyslogStream(lines.append)
