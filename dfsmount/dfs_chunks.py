@@ -14,6 +14,7 @@ from chunkserver.protocol import Peer, StatReply
 from dfsmount.dfs_api import Api
 from dfsmount.dfs_find import Access
 from dfsmount.dfs_layout import Problem
+from dfsmount.dfs_mounts import mounts, our_mount_of
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.key import ClusterKey
 from metaserver.protocol import ExtentStatus, FileStatus, ReplicaStatus, Status
@@ -90,6 +91,8 @@ def look(file: Path, find: Callable[[Path], Access], *, verify: bool) -> FileVie
     """
     path = resolve(file)
     access = find(path)
+    # Whatever cluster the options name: the inode number of a file that is not on it says nothing there.
+    our_mount_of(path, mounts())
     ino = inode_of(path)
     with Api(access) as api:
         status, found = api.status(), api.file(ino)

@@ -105,6 +105,9 @@ def access_to_mount(mount: Mount, key_file: str) -> Access:
 def find(choice: Choice, file: Path | None = None) -> Access:
     """The cluster that the options, the environment or the mount of ``file`` mean; :class:`Problem` if none is."""
     choice = from_environment(choice, os.environ)
+    if choice.data and choice.metaserver:
+        text = f"--data {choice.data} and --metaserver {choice.metaserver} name a cluster each: give one of them"
+        raise Problem(f"{text} (DFS_DATA and DFS_METASERVER in the environment count as well)")
     if choice.data:
         return access_to_data(Path(choice.data).absolute())
     if choice.metaserver:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dfsmount import dfs_find, dfs_mounts, dfs_owner, dfs_processes, dfs_services
+from dfsmount import dfs_chunks, dfs_find, dfs_mounts, dfs_owner, dfs_processes, dfs_services
 from dfsmount.dfs_layout import Cluster, Layout, Problem, write_toml
 from dfsmount.dfs_mounts import Mount
 from dfsmount.dfs_processes import Service
@@ -279,6 +279,27 @@ def test_options_come_first(nothing_here: Path, monkeypatch: pytest.MonkeyPatch)
     found = dfs_find.find(dfs_find.Choice(metaserver="host:9401", key_file="/k"))
     assert (found.http, found.key_file, found.data) == ("host:9401", Path("/k"), None)
     assert dfs_find.find(dfs_find.Choice()).http == "elsewhere:1"
+
+
+def test_two_clusters_are_not_one(nothing_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_cluster(nothing_here / "one", 9700)
+    with pytest.raises(Problem, match="give one of them"):
+        dfs_find.find(dfs_find.Choice(str(data), "host:9401", "/k"))
+    monkeypatch.setenv("DFS_DATA", str(data))
+    monkeypatch.setenv("DFS_METASERVER", "host:9401")
+    with pytest.raises(Problem, match="DFS_DATA and DFS_METASERVER"):
+        dfs_find.find(dfs_find.Choice())
+    assert dfs_find.find(dfs_find.Choice(metaserver="other:1")).http == "other:1"
+
+
+def test_a_local_files_inode_number_is_nobodys_chunk_map(nothing_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever --metaserver or --data say: the number means another file there, or none."""
+    monkeypatch.setattr(dfs_chunks, "mounts", lambda: dfs_mounts.parse_mounts(TABLE))
+    local = nothing_here / "file"
+    local.write_bytes(b"x")
+    access = dfs_find.Access("127.0.0.1:1", nothing_here / "key")
+    with pytest.raises(Problem, match="is not on a dfs mount"):
+        dfs_chunks.look(local, lambda path: access, verify=False)
 
 
 def test_the_mount_of_a_file_says_which_cluster(nothing_here: Path) -> None:
