@@ -1,7 +1,7 @@
 """The control plane of a chunkserver: health, metrics, and what chunks it has.
 
 ``GET /health`` (no token), ``GET /metrics``, ``GET /chunks?after=ID&count=N``, ``GET /chunks/ID/info``; ``GET /scrub``
-(:class:`chunkserver.scrub.ScrubReport`), and ``POST /scrub``, which begins a pass and answers the same. Ids are
+(:class:`chunkserver.protocol.ScrubReport`), and ``POST /scrub``, which begins a pass and answers the same. Ids are
 hexadecimal, as in file names.
 """
 

@@ -1,9 +1,13 @@
-"""What can be asked of a chunkserver over the data plane: by mounts, and by other chunkservers.
+"""What can be asked of a chunkserver over the data plane, by mounts and by other chunkservers; and what it answers over
+HTTP to people.
 
 Entries are the 64-byte index entries of ``chunkserver/chunkfile.py``, back to back; payloads are the stored bytes of
 those entries, back to back in the same order. Lengths and offsets are in bytes.
 """
 
+import msgspec
+
+from metaserver.protocol import ScrubStatus
 from metaserver.wire import Empty, Message, Method
 
 ROLE = "chunkserver"
@@ -188,3 +192,17 @@ VERIFY = Method(6, "verify", Verify, VerifyReply)
 PING = Method(7, "ping", Empty, Pong)
 READ_RAW = Method(9, "read_raw", ReadRaw, Empty)
 LIST_CHUNKS = Method(8, "list_chunks", ListChunks, ListChunksReply)
+
+
+class ScrubReport(msgspec.Struct):
+    """What is answered over HTTP. ``incarnation`` is of the process, whose passes are numbered from 1 on; ``running``
+    is the present one's number or 0, ``asked`` the number of the last that was asked for, ``completed`` of the last
+    that has ended. ``damaged`` names replicas found damaged by the present pass, or by the last one if none is
+    running."""
+
+    incarnation: str
+    running: int
+    asked: int
+    completed: int
+    status: ScrubStatus
+    damaged: list[tuple[str, str]]

@@ -17,6 +17,7 @@ import trio
 
 from chunkserver import checked
 from chunkserver.chunkfile import ENTRY_BYTES, HEADER_BYTES
+from chunkserver.protocol import ScrubReport
 from chunkserver.replica import Replica, ReplicaState
 from chunkserver.store import Store
 from chunkserver.verify import Verification
@@ -69,20 +70,6 @@ class Saved(msgspec.Struct, forbid_unknown_fields=True):
     began_ns: int
     last_ended_ns: int = 0
     last_seconds: float = 0.0
-
-
-class ScrubReport(msgspec.Struct):
-    """What is answered over HTTP. ``incarnation`` is of the process, whose passes are numbered from 1 on; ``running``
-    is the present one's number or 0, ``asked`` the number of the last that was asked for, ``completed`` of the last
-    that has ended. ``damaged`` names replicas found damaged by the present pass, or by the last one if none is
-    running."""
-
-    incarnation: str
-    running: int
-    asked: int
-    completed: int
-    status: ScrubStatus
-    damaged: list[tuple[str, str]]
 
 
 def cost(replica: Replica) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dfsmount import dfs_manage
-from dfsmount.dfs_options import AsJson, Data, KeyFile, Metaserver, find, print_json, say
+from dfsmount.dfs_options import AsJson, Data, KeyFile, Metaserver, end, find, print_json, say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -128,13 +128,7 @@ def check(
     from dfsmount import dfs_check
 
     findings = dfs_check.run(find(data, metaserver, key_file), deep=deep, quiet=as_json)
-    if as_json:
-        print_json(findings)
-    else:
-        for line in dfs_check.lines(findings):
-            say(line)
-    if not dfs_check.clean(findings):
-        raise typer.Exit(1)
+    end(findings, dfs_check.lines(findings), clean=dfs_check.clean(findings), as_json=as_json)
 
 
 @app.command()
@@ -154,13 +148,7 @@ def scrub(
     from dfsmount import dfs_scrub
 
     results = dfs_scrub.run(find(data, metaserver, key_file), servers or [], quiet=as_json)
-    if as_json:
-        print_json(results)
-    else:
-        for line in dfs_scrub.lines(results):
-            say(line)
-    if not dfs_scrub.clean(results):
-        raise typer.Exit(1)
+    end(results, dfs_scrub.lines(results), clean=dfs_scrub.clean(results), as_json=as_json)
 
 
 dfs_manage.add_to(app)

@@ -7,6 +7,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
+from chunkserver.protocol import ScrubReport
 from dfsmount.dfs_find import Access
 from dfsmount.dfs_layout import Problem
 from metaserver.protocol import (
@@ -19,7 +20,6 @@ from metaserver.protocol import (
     Rebalance,
     RebalanceStatus,
     Removal,
-    ScrubStatus,
     ServerStatus,
     SetCopies,
     Status,
@@ -58,17 +58,6 @@ class ReplicaListing(msgspec.Struct):
 class _Page(msgspec.Struct):
     chunks: list[ReplicaListing]
     next: str
-
-
-class ScrubView(msgspec.Struct):
-    """A chunkserver's scrubber; see ``chunkserver.scrub.ScrubReport``."""
-
-    incarnation: str
-    running: int
-    asked: int
-    completed: int
-    status: ScrubStatus
-    damaged: list[tuple[str, str]]
 
 
 class Api:
@@ -135,9 +124,9 @@ class Api:
             page = self._get(f"{path}?after={page.next}", _Page)
         return found + page.chunks
 
-    def scrub(self, server: ServerStatus, *, begin: bool) -> ScrubView:
+    def scrub(self, server: ServerStatus, *, begin: bool) -> ScrubReport:
         """How far a chunkserver's scrubber is; ``begin``: it starts a pass."""
-        return self._ask("POST" if begin else "GET", f"http://{server.host}:{server.http_port}/scrub", ScrubView)
+        return self._ask("POST" if begin else "GET", f"http://{server.host}:{server.http_port}/scrub", ScrubReport)
 
     def _get(self, path: str, type_: type[AnswerT], timeout_seconds: float = TIMEOUT_SECONDS) -> AnswerT:
         return self._ask("GET", path, type_, timeout_seconds)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +36,17 @@ def say(line: str) -> None:
         print(line, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def end(found: object, lines: Iterable[str], *, clean: bool, as_json: bool) -> None:
+    """Says what a command that looks for damage has found; exit code 1 unless it is ``clean``."""
+    if as_json:
+        print_json(found)
+    else:
+        for line in lines:
+            say(line)
+    if not clean:
+        raise typer.Exit(1)
 
 
 def print_json(value: object) -> None:

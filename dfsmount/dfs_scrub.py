@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import msgspec
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dfsmount.dfs_api import Api, ScrubView
+from chunkserver.protocol import ScrubReport
+from dfsmount.dfs_api import Api
 from dfsmount.dfs_find import Access
 from dfsmount.dfs_layout import Problem
 from dfsmount.dfs_show import bytes_text, console, count_text
@@ -70,7 +71,7 @@ def watch(api: Api, servers: Sequence[ServerStatus], show: Show) -> list[Scrubbe
     """Begins a pass on each server and waits until all have ended."""
     began = time.monotonic()
     results: dict[int, Scrubbed] = {}
-    passes: dict[int, ScrubView] = {}
+    passes: dict[int, ScrubReport] = {}
     heard: dict[int, float] = {}
     for server in servers:
         try:
@@ -89,7 +90,7 @@ def watch(api: Api, servers: Sequence[ServerStatus], show: Show) -> list[Scrubbe
     return [results[server.server] for server in servers]
 
 
-def _look(api: Api, server: ServerStatus, begun: ScrubView, heard: dict[int, float], show: Show) -> Scrubbed | None:
+def _look(api: Api, server: ServerStatus, begun: ScrubReport, heard: dict[int, float], show: Show) -> Scrubbed | None:
     """The result of a server's pass, if it has ended."""
     try:
         now = api.scrub(server, begin=False)

@@ -2,8 +2,8 @@
 
 import pytest
 
+from chunkserver.protocol import ScrubReport
 from dfsmount import dfs_scrub, dfs_show
-from dfsmount.dfs_api import ScrubView
 from dfsmount.dfs_layout import Problem
 from dfsmount.dfs_scrub import Scrubbed
 from metaserver.protocol import ScrubStatus, ServerStatus
@@ -18,11 +18,11 @@ def server(number: int, state: str = "UP") -> ServerStatus:
 class FakeApi:
     """Servers that answer as told, one answer after another; the last again and again."""
 
-    def __init__(self, answers: dict[int, list[ScrubView | Problem]]) -> None:
+    def __init__(self, answers: dict[int, list[ScrubReport | Problem]]) -> None:
         self.answers = answers
         self.begun: list[int] = []
 
-    def scrub(self, server: ServerStatus, *, begin: bool) -> ScrubView:
+    def scrub(self, server: ServerStatus, *, begin: bool) -> ScrubReport:
         if begin:
             self.begun.append(server.server)
         queue = self.answers[server.server]
@@ -34,11 +34,11 @@ class FakeApi:
 
 def view(
     completed: int, asked: int = 3, incarnation: str = "a", damaged: tuple[tuple[str, str], ...] = ()
-) -> ScrubView:
-    return ScrubView(incarnation, asked if completed < asked else 0, asked, completed, STATUS, list(damaged))
+) -> ScrubReport:
+    return ScrubReport(incarnation, asked if completed < asked else 0, asked, completed, STATUS, list(damaged))
 
 
-def run(answers: dict[int, list[ScrubView | Problem]]) -> list[Scrubbed]:
+def run(answers: dict[int, list[ScrubReport | Problem]]) -> list[Scrubbed]:
     shown: list[str] = []
     api = FakeApi(answers)
     found = dfs_scrub.watch(api, [server(number) for number in answers], lambda name, *_: shown.append(name))  # type: ignore[arg-type]
