@@ -23,6 +23,9 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+QUICKLY_LOST: dict[str, Any] = {"lost_after_seconds": 20.0, "session_deadline_seconds": 1e6}
+
+
 @asynccontextmanager
 async def one_chunk(data: Path, **more: Any) -> AsyncIterator[tuple[Running, Mount, Obedient, int]]:
     """Three chunkservers, and a sealed chunk on two of them."""
@@ -37,7 +40,7 @@ async def test_damage_is_not_forgotten_when_a_chunkserver_restarts(
     data: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     """A start looks at headers and indexes only: what the scrubber had found rotten looks right again."""
-    async with one_chunk(data) as (metaserver, mount, world, chunk):
+    async with one_chunk(data) as (metaserver, _, world, chunk):
         rotten, _ = sorted(states(metaserver, chunk))
         server = world.servers[rotten]
         await server.beat(changes=[ReplicaReport(chunk, 100, 1, 77, True, ErrorCode.BAD_CHECKSUM.name)])
@@ -115,12 +118,7 @@ async def test_a_verification_that_did_not_take_place_settles_nothing(
 async def test_the_last_right_replica_is_not_deleted_because_it_was_superfluous_once(
     data: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with one_chunk(data, lost_after_seconds=20.0, session_deadline_seconds=1e6) as (
-        metaserver,
-        mount,
-        world,
-        chunk,
-    ):
+    async with one_chunk(data, **QUICKLY_LOST) as (metaserver, _, world, chunk):
         (spare,) = {1, 2, 3} - set(states(metaserver, chunk))
         held = world.servers[spare]
         # A third copy comes up, and is to go; its server stops before it has carried that out.
@@ -155,7 +153,7 @@ async def test_what_a_server_says_is_taken_in_the_order_in_which_it_says_it(
     data: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     """A long heartbeat that was given up for being late is still being worked on when the next one comes."""
-    async with one_chunk(data) as (metaserver, mount, world, chunk):
+    async with one_chunk(data) as (metaserver, _, world, chunk):
         number, _ = sorted(states(metaserver, chunk))
         server = world.servers[number]
         others = [ReplicaReport(1 << 40 | each, 1, 1, 1, True) for each in range(1000)]
@@ -170,12 +168,7 @@ async def test_that_a_server_was_lost_outlives_the_metaserver(
     data: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     """What comes back after years is not relied on because the metaserver was restarted meanwhile."""
-    async with one_chunk(data, lost_after_seconds=20.0, session_deadline_seconds=1e6) as (
-        metaserver,
-        mount,
-        world,
-        chunk,
-    ):
+    async with one_chunk(data, **QUICKLY_LOST) as (metaserver, mount, world, chunk):
         lost, other = sorted(states(metaserver, chunk))
         (third,) = {1, 2, 3} - {lost, other}
         world.stopped.add(lost)
