@@ -1,4 +1,5 @@
-"""Drives the metaserver's namespace functions through its storage engine, next to the model, and kills the engine.
+"""Drives the metaserver's namespace functions through its storage engine, next to the model, and kills the engine or
+cuts its power. After a power cut it sends again what was answered and did not survive, as a mount does.
 
 ``python tests/model/namespace_driver.py OPERATIONS [SEED]`` from the project's directory runs it at length.
 """
@@ -10,17 +11,22 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 from namespace_model import Model, Node
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "crash"))
+
+from powered_files import PoweredFiles
+
 from metaserver import contents, directories, inodes, namespace, xattrs
-from metaserver.commit import Committer, Options, open_committer
+from metaserver.commit import Change, Committer, Options, open_committer
 from metaserver.errors import DfsError
 from metaserver.inodes import Effects
 from metaserver.protocol import ROOT_INO, Link, Make, ReadDirectory, Rename, SetAttributes, SetXattr, Unlink
-from metaserver.schema import Dentry, Session, Table, Transaction, key_u64, orphan_key, read_u64, session_key
+from metaserver.schema import Dentry, Session, Table, Transaction, inode_key, key_u64, orphan_key, read_u64, session_key
+from metaserver.wire import Replay
 
 SESSION = 1
 NAMES = [b"a", b"b", b"c", b"d", b"\xff\xfe", b"n" * 255]
@@ -35,6 +41,23 @@ class Crash(Exception):
     """The process is killed here."""
 
 
+class PowerCut(Crash):
+    """All processes of the machine end, and what was not synced is lost."""
+
+
+class Kept(NamedTuple):
+    """A change that was answered and may still be lost: what a mount keeps of it."""
+
+    epoch: int
+    number: int
+    function: Callable[[Transaction, int], Any]
+    change: Change[Any]
+
+    @property
+    def replay(self) -> Replay:
+        return Replay(self.epoch, self.number, self.change.time_ns, self.change.ids)
+
+
 class Driver:
     """One random history. What differs raises ``AssertionError``."""
 
@@ -43,25 +66,40 @@ class Driver:
         self.directory = directory
         self.model = Model()
         self.counts: Counter[str] = Counter()
-        self.crashes = 0
+        self.crashes = self.cuts = self.resent = 0
         self.committer: Committer
+        self.files: PoweredFiles
+        # In order; those that are known to be durable are forgotten when the power is cut.
+        self.kept: list[Kept] = []
 
     async def run(self, operations: int) -> None:
         done = 0
         while done < operations:
             burst = min(self.random.choice([1, 2, 10, 100, 1000]), operations - done)
             done += burst
+            self.files = PoweredFiles(self.random)
+            boot_id = b"%16d" % self.cuts
             try:
-                async with open_committer(self.directory, options=OPTIONS) as self.committer:
+                async with open_committer(
+                    self.directory, options=OPTIONS, files=self.files, boot_id=boot_id
+                ) as self.committer:
                     await self._life(burst)
+            except* PowerCut:
+                self.files.cut_power()
+                self.cuts += 1
             except* Crash:
                 self.crashes += 1
 
     async def _life(self, operations: int) -> None:
         """From one crash to the next."""
-        if self.committer.epoch == 1:
+        if self.committer.read(0, lambda tx: tx.get(Table.INODES, inode_key(ROOT_INO)))[0] is None:
             self.committer.change(0, 0, _begin)
+            await self.committer.wait_durable(self.committer.newest)
+        self._resend()
         self.compare()
+        if self.random.random() < 0.5:
+            await self.committer.wait_durable(self.committer.newest)
+            self.committer.window_closed()
         for number in range(operations):
             self.step()
             if number % 50 == 49:
@@ -69,7 +107,30 @@ class Driver:
         if self.random.random() < 0.2:
             report = await self.committer.check()
             assert not report.problems, report.problems[:3]
-        raise Crash
+        if self.random.random() < 0.5:
+            raise Crash
+        promised = self.committer.epoch, self.committer.durable
+        self.kept = [kept for kept in self.kept if (kept.epoch, kept.number) > promised]
+        # What is synced from now on was not promised, and may be lost or not.
+        self.files.on = False
+        raise PowerCut
+
+    def _resend(self) -> None:
+        """What did not survive happens again, exactly as it was answered."""
+        survived = {last.epoch: last.number for last in self.committer.survived}
+        before, self.kept = self.kept, []
+        lost = [kept.number > survived.get(kept.epoch, -1) for kept in before]
+        assert lost == sorted(lost), "what survived is not a prefix"
+        for kept in (kept for kept, is_lost in zip(before, lost, strict=True) if is_lost):
+            again = self._change(kept.function, kept.replay)
+            assert again.message == kept.change.message
+            self.resent += 1
+
+    def _change(self, function: Callable[[Transaction, int], Any], replay: Replay | None = None) -> Change[Any]:
+        change = self.committer.change(SESSION, 0, function, replay=replay)
+        if change.number:
+            self.kept.append(Kept(self.committer.epoch, change.number, function, change))
+        return change
 
     # -- one operation -----------------------------------------------------------------------------------------
 
@@ -92,7 +153,7 @@ class Driver:
         except DfsError as problem:
             error = problem.code
         try:
-            found = self.committer.change(SESSION, 0, ours).message
+            found = self._change(ours).message
         except DfsError as problem:
             assert problem.code is error, (problem, error)
             return None, None
@@ -131,13 +192,14 @@ class Driver:
         if entries and self.random.random() < 0.7:
             name = self.random.choice(list(entries))
             directory ^= self.model.nodes[entries[name]].is_directory != directory and self.random.random() < 0.8
-        message = Unlink(parent, name, directory)
+        message, openers = Unlink(parent, name, directory), self._openers()
         self.both(
             lambda: self.model.unlink(parent, name, directory),
-            lambda tx, now: namespace.unlink(tx, now, message, self._openers, Effects()),
+            lambda tx, now: namespace.unlink(tx, now, message, openers, Effects()),
         )
 
     def rename(self) -> None:
+        openers = self._openers()
         message = Rename(
             self._directory(), self._name(), self._directory(), self._name(), self.random.choice([0, 0, 1, 2])
         )
@@ -145,7 +207,7 @@ class Driver:
             lambda: self.model.rename(
                 message.parent, message.name, message.new_parent, message.new_name, message.flags
             ),
-            lambda tx, now: namespace.rename(tx, now, message, self._openers, Effects()),
+            lambda tx, now: namespace.rename(tx, now, message, openers, Effects()),
         )
 
     def link(self) -> None:
@@ -186,10 +248,12 @@ class Driver:
         if self.model.held:
             ino = self.random.choice(sorted(self.model.held))
             self.model.release(ino)
-            self.committer.change(SESSION, 0, lambda tx, _: inodes.release(tx, ino, SESSION, Effects()))
+            self._change(lambda tx, _: inodes.release(tx, ino, SESSION, Effects()))
 
-    def _openers(self, ino: int) -> tuple[int, ...]:
-        return (SESSION,) if ino in self.model.held else ()
+    def _openers(self) -> Callable[[int], tuple[int, ...]]:
+        """As they are now: a change that is sent again must find the same."""
+        held = frozenset(self.model.held)
+        return lambda ino: (SESSION,) if ino in held else ()
 
     def lookup(self) -> None:
         parent, name = self._directory(), self._name()
@@ -258,7 +322,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         driver = Driver(seed, Path(directory))
         trio.run(driver.run, operations)
-    print(f"seed {seed}: {sum(driver.counts.values())} operations, {driver.crashes} crashes, no difference")
+    print(
+        f"seed {seed}: {sum(driver.counts.values())} operations, {driver.crashes} crashes, {driver.cuts} power cuts, "
+        f"{driver.resent} changes sent again, no difference"
+    )
     print(dict(driver.counts))
 
 

@@ -1,4 +1,4 @@
-"""The metaserver's namespace against a model, with a crash between any two changes."""
+"""The metaserver's namespace against a model, with a crash or a power cut between any two changes."""
 
 import sys
 from pathlib import Path
@@ -14,5 +14,7 @@ from namespace_driver import Driver
 async def test_the_namespace_is_what_the_model_says(seed: int, tmp_path: Path) -> None:
     driver = Driver(seed, tmp_path)
     await driver.run(12_000)
-    assert driver.crashes > 10
+    assert driver.crashes > 5
+    assert driver.cuts > 5
+    assert driver.resent > 10
     assert min(driver.counts.values()) > 100
