@@ -47,14 +47,17 @@ def segment_name(segment: int) -> str:
 
 
 class KeptSegment:
-    """A segment on disk. ``first`` is the number of its first record, 0 if it has none."""
+    """A segment on disk. ``first`` is the number of its first record, 0 if it has none; ``begun``: it will be there
+    after a power cut, too."""
 
-    __slots__ = ("first", "header", "path")
+    __slots__ = ("begun", "first", "header", "path")
 
     def __init__(self, path: Path, header: SegmentHeader, first: int = 0) -> None:
         self.path = path
         self.header = header
         self.first = first
+        # A start writes again and syncs what it goes by.
+        self.begun = True
 
     def read(self, length: int = -1) -> bytes:
         """All of it, or its beginning; :class:`CorruptLog` if the disk does not give it back."""
@@ -82,6 +85,7 @@ class OpenSegment(KeptSegment):
         self.descriptor = descriptor
         self.size = size
         self.end = FIRST_RECORD
+        self.begun = False
         self.seed = checksum_seed(header.segment)
 
 
@@ -187,16 +191,21 @@ def trim(segments: list[KeptSegment], files: Files) -> list[KeptSegment]:
     """Gives back the unwritten rest of segments of older epochs, and those that say nothing: a server that crashes
     again and again must not fill its disk. Returns the segments that are left."""
     left: list[KeptSegment] = []
+    deleted = False
     for index, segment in reversed([*enumerate(segments)]):
         used = _used_bytes(segment)
         first_of_epoch = index == 0 or segments[index - 1].header.epoch != segment.header.epoch
         # Only at the end: segments have numbers without gaps.
         if used == FIRST_RECORD and not first_of_epoch and not left:
             files.delete(segment.path)
+            deleted = True
             continue
         if used is not None:
             files.give_back(segment.path, used)
         left.append(segment)
+    if deleted:
+        # Their numbers are given again: a new one must not stand beside an old one with a higher number.
+        files.sync_directory(segments[0].path.parent)
     return left[::-1]
 
 
@@ -363,6 +372,7 @@ class Changelog:
         """Segments that are full are done with, unless they were appended to while they were synced. Only for whoever
         syncs regularly, after each sync."""
         for segment, end in batch:
+            segment.begun = segment.begun or end > FIRST_RECORD
             if segment is not self._current and segment.end == end and segment in self._unsynced:
                 self._unsynced.remove(segment)
                 self._files.close(segment.descriptor)
@@ -384,8 +394,11 @@ class Changelog:
 
 
 def _ends_by(segment: KeptSegment, following: KeptSegment, position: Position) -> bool:
-    """Whether all changes of ``segment`` are at or before ``position``; False if that cannot be told."""
+    """Whether all changes of ``segment`` are at or before ``position``, and will still be seen to be after a power cut:
+    if that took the first record of ``following`` and left a later one, then without ``segment`` nobody could tell a
+    torn tail from changes that are missing. False if it cannot be told."""
     epoch = segment.header.epoch
     if following.header.epoch > epoch:
         return following.header.previous != UNKNOWN and following.header.previous <= position
-    return position.epoch > epoch or (position.epoch == epoch and 0 < following.first <= position.number + 1)
+    follows = following.begun and 0 < following.first <= position.number + 1
+    return position.epoch > epoch or (position.epoch == epoch and follows)

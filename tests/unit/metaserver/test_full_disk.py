@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,11 +12,11 @@ import trio
 from engine_rows import create, names, prepare
 from msgspec.structs import replace
 
-from metaserver.changelog import Changelog, epoch_logs, find_firsts, list_segments
+from metaserver.changelog import Changelog, KeptSegment, LogFull, epoch_logs, find_firsts, list_segments
 from metaserver.commit import Committer, open_committer
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.files import Files
-from metaserver.logrecord import Position
+from metaserver.logrecord import FIRST_RECORD, Position
 from metaserver.overlay import row_key
 from metaserver.replay import replay
 from metaserver.schema import Table
@@ -237,3 +238,117 @@ async def test_a_map_that_cannot_grow_ends_the_engine_with_a_clear_line(
                 create(committer, b"%d" % number)
             await trio.sleep(10)
     assert "map cannot grow" in repr(caught.value.exceptions)
+
+
+# -- what a power cut leaves of a segment that was used again ----------------------------------------------------------
+
+
+def append_one(log: Changelog, number: int, size: int = 1000) -> None:
+    log.append(number, 0, 0, 0, number, {row_key(Table.XATTRS, b"%d" % number): bytes(size)})
+
+
+def replayed(directory: Path, start: Position) -> Position:
+    segments = list_segments(directory)
+    find_firsts(segments)
+    return replay(start, epoch_logs(segments, start), lambda _: None).end
+
+
+@pytest.mark.parametrize("dropping", [False, True], ids=["used again", "deleted"])
+def test_a_torn_tail_is_cut_although_the_segment_before_it_was_obsolete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropping: bool
+) -> None:
+    """The store has exactly what the first segment says; of the second a power cut takes the first record and leaves
+    the next. If the first segment were gone by then, these changes would seem to be missing, and the start refuse."""
+    files = Files()
+    log = Changelog(tmp_path, [], 1, Position(0, 0), files, SEGMENT)
+    number = 0
+    while len(log.kept) < 2:
+        batch = log.unsynced()
+        number += 1
+        append_one(log, number)
+    last = number - 1
+    # The sync that began before the second segment did ends, and so does the checkpoint.
+    log.sync(batch)
+    log.synced(batch)
+    log.obsolete = Position(1, last)
+    append_one(log, number + 1)
+    monkeypatch.setattr(files, "create", lambda *_: raise_full())
+
+    def give_up_the_first() -> bool:
+        if dropping:
+            return log.drop(Position(1, last)) > 0
+        try:
+            log.prepare(recycling=True)
+        except LogFull:
+            return False
+        return True
+
+    assert not give_up_the_first()
+    second = log.kept[1].path
+    whole = second.read_bytes()
+    second.write_bytes(whole[:FIRST_RECORD] + bytes(512) + whole[FIRST_RECORD + 512 :])
+    assert replayed(tmp_path, Position(1, last)) == (1, last)
+    second.write_bytes(whole)
+    batch = log.unsynced()
+    log.sync(batch)
+    log.synced(batch)
+    assert give_up_the_first()
+    assert replayed(tmp_path, Position(1, last)) == (1, number + 1)
+    log.close()
+
+
+@pytest.mark.parametrize("zeroed", [True, False])
+def test_records_of_a_former_life_are_never_taken_for_those_of_a_segment_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zeroed: bool
+) -> None:
+    """Whatever sectors of the new records a power cut takes, also if the zeroes between had not been written: the old
+    records have another segment's id in their checksums."""
+    files = Files()
+    log = Changelog(tmp_path, [], 1, Position(0, 0), files, SEGMENT)
+    number = 0
+    while len(log.kept) < 3:
+        number += 1
+        append_one(log, number)
+    batch = log.unsynced()
+    log.sync(batch)
+    log.synced(batch)
+    log.obsolete = Position(1, number)
+    monkeypatch.setattr(files, "create", lambda *_: raise_full())
+    log._next = None
+    if not zeroed:
+        monkeypatch.setattr(
+            files, "_fill", lambda descriptor, temporary, path, head, *_: fill_head(descriptor, temporary, path, head)
+        )
+    old = log.kept[0].path.read_bytes()
+    log.prepare(recycling=True)
+    while len(log.kept) < 3:
+        number += 1
+        append_one(log, number)
+    # More of them, of the size of the old ones, so that these begin where new ones would.
+    for _ in range(5):
+        number += 1
+        append_one(log, number)
+    log.close()
+    reused = log.kept[-1]
+    first = reused.first
+    whole = reused.path.read_bytes()
+    before = bytes(len(old)) if zeroed else old
+    random = Random(1)
+    ends = set()
+    for _ in range(200):
+        data = bytearray(whole)
+        for at in range(FIRST_RECORD, FIRST_RECORD + 6 * 1200, 512):
+            if random.random() < 0.2:
+                data[at : at + 512] = before[at : at + 512]
+        reused.path.write_bytes(data)
+        end = replayed(tmp_path, Position(1, first - 1))
+        assert end.epoch == 1
+        ends.add(end.number)
+        assert all(record.number >= first for record in KeptSegment(reused.path, reused.header).records())
+    assert ends == set(range(first - 1, number + 1))
+
+
+def fill_head(descriptor: int, temporary: Path, path: Path, head: bytes) -> int:
+    os.pwrite(descriptor, head, 0)
+    os.rename(temporary, path)
+    return descriptor
