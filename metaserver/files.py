@@ -50,20 +50,20 @@ class Files:
         """
         self.step("segment:before-create")
         temporary = path.with_name(path.name + ".new")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        return self._fill(descriptor, temporary, path, head, size, lambda: os.posix_fallocate(descriptor, 0, size))
+        descriptor = self._make(temporary)
+        return self._fill(descriptor, temporary, path, head, size, lambda: self._allocate(descriptor, size))
 
     def recycle(self, old: Path, path: Path, head: bytes, size: int) -> int:
         """As :meth:`create`, in the blocks of an old file of at least that size: needs no space. A crash or power
         cut in between leaves the old file, the new one, or neither."""
         self.step("segment:before-recycle")
         temporary = path.with_name(path.name + ".new")
-        os.rename(old, temporary)
+        self.rename(old, temporary)
         # First: otherwise a power cut could leave the new contents under the old name.
         self.sync_directory(path.parent)
         descriptor = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
         # It may be longer than what it becomes.
-        return self._fill(descriptor, temporary, path, head, size, lambda: os.ftruncate(descriptor, size))
+        return self._fill(descriptor, temporary, path, head, size, lambda: self._resize(descriptor, size))
 
     def _fill(
         self, descriptor: int, temporary: Path, path: Path, head: bytes, size: int, allocate: Callable[[], None]
@@ -75,14 +75,14 @@ class Files:
             for offset in range(len(head), size, len(_ZEROES)):
                 self._write(descriptor, _ZEROES[: size - offset], offset)
             self.step("segment:before-sync")
-            os.fsync(descriptor)
+            self._fsync(descriptor)
             self.step("segment:before-rename")
-            os.rename(temporary, path)
+            self.rename(temporary, path)
             self.step("segment:before-directory-sync")
             self.sync_directory(path.parent)
         except BaseException:
             os.close(descriptor)
-            temporary.unlink(missing_ok=True)
+            self._remove(temporary)
             raise
         return descriptor
 
@@ -90,9 +90,9 @@ class Files:
         """Makes a file that only takes up space; if there is not enough, there is no such file afterwards."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, size)
+            self._allocate(descriptor, size)
         except BaseException:
-            path.unlink(missing_ok=True)
+            self._remove(path)
             raise
         finally:
             os.close(descriptor)
@@ -104,7 +104,7 @@ class Files:
 
     def delete(self, path: Path) -> None:
         self.step("segment:before-delete")
-        path.unlink(missing_ok=True)
+        self._remove(path)
 
     def give_back(self, path: Path, offset: int) -> None:
         """Gives the space of the zeroes from ``offset`` to the end of a file back; its size and contents stay. Does
@@ -113,7 +113,7 @@ class Files:
         try:
             length = os.fstat(descriptor).st_size - offset
             if length > 0:
-                _fallocate(descriptor, _KEEP_SIZE | _PUNCH_HOLE, ctypes.c_int64(offset), ctypes.c_int64(length))
+                self._punch(descriptor, offset, length)
         finally:
             os.close(descriptor)
 
@@ -158,6 +158,26 @@ class Files:
 
     def _fdatasync(self, descriptor: int) -> None:
         os.fdatasync(descriptor)
+
+    # What simulated disks replace beside what is above.
+
+    def _make(self, path: Path) -> int:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+    def _allocate(self, descriptor: int, size: int) -> None:
+        os.posix_fallocate(descriptor, 0, size)
+
+    def _resize(self, descriptor: int, size: int) -> None:
+        os.ftruncate(descriptor, size)
+
+    def _punch(self, descriptor: int, offset: int, length: int) -> None:
+        _fallocate(descriptor, _KEEP_SIZE | _PUNCH_HOLE, ctypes.c_int64(offset), ctypes.c_int64(length))
+
+    def _fsync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
+    def _remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
 
 
 def is_full(error: OSError) -> bool:

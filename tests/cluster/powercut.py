@@ -238,6 +238,22 @@ class Volume:
                 inode.sizes.append(os.fstat(descriptor).st_size)
             os.ftruncate(descriptor, length)
 
+    def allocate(self, inode: Inode, descriptor: int, length: int) -> None:
+        """posix_fallocate(3) from the beginning."""
+        with self._lock:
+            self._powered()
+            size = os.fstat(descriptor).st_size
+            if length > size:
+                inode.sizes.append(size)
+            os.posix_fallocate(descriptor, 0, length)
+
+    def change(self, inode: Inode, descriptor: int, where: tuple[int, int], change: Callable[[], None]) -> None:
+        """Something else that changes a file within these bounds."""
+        with self._lock:
+            self._powered()
+            self._remember(inode, descriptor, *where)
+            change()
+
     def _remember(self, inode: Inode, descriptor: int, start: int, stop: int) -> None:
         """Keeps the present contents of the pages that are about to change, and the size if that will."""
         size = os.fstat(descriptor).st_size

@@ -18,7 +18,7 @@ from random import Random
 import trio
 from powercut import HONEST, Lies, Mode, Volume
 from powercut_disk import PoweredDisk
-from powercut_files import PoweredFiles
+from powercut_files import DiskSpace, PoweredFiles
 
 from chunkserver import check as chunkserver_check
 from chunkserver import serve as chunkserver
@@ -42,9 +42,11 @@ OPTIONS = Options(
     checkpoint_seconds=0.15,
     checkpoint_changes=60,
     snapshot_log_bytes=1 << 19,
-    segment_bytes=1 << 17,
+    segment_bytes=1 << 16,
     map_bytes=1 << 20,
-    reserve_bytes=1 << 16,
+    reserve_bytes=1 << 15,
+    store_reserve_bytes=1 << 17,
+    retry_seconds=0.1,
 )
 # Everything is read back within seconds.
 SCRUB_DAYS = 0.0002
@@ -65,6 +67,7 @@ class PowerCluster:
         self.boots = 0
         self.lost = 0  # pages, sizes and names that cuts took
         self.store_losses = 0  # LMDB transactions that were in flight
+        self.space = DiskSpace()  # of the metaserver's disk
         self.failure = ""  # why a server ended by itself
         self._lies = lies or {}
         self._ports: dict[str, metaserver.Ports | chunkserver.Ports] = {}
@@ -136,7 +139,7 @@ class PowerCluster:
 
     @asynccontextmanager
     async def _open_engine(self, directory: Path) -> AsyncIterator[Committer]:
-        self._files = PoweredFiles(self._volumes[METASERVER])
+        self._files = PoweredFiles(self._volumes[METASERVER], self.space)
         boot_id = b"%16d" % self.boots
         async with open_committer(directory, files=self._files, options=OPTIONS, boot_id=boot_id) as committer:
             yield committer

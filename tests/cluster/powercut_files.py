@@ -6,7 +6,9 @@ the old or the new one. So the file is kept as it was before each transaction, a
 transaction is then let run to its end in the page cache) it becomes one of those states.
 """
 
+import errno
 import os
+import threading
 from pathlib import Path
 from random import Random
 
@@ -62,12 +64,44 @@ def _used(path: Path) -> bytes:
     return data[: -(-stop // PAGE) * PAGE]
 
 
+class DiskSpace:
+    """What a disk has left for files that are made or grow; as much as anybody wants unless it is ``full``: then what
+    has been given back since. LMDB's own file may always grow: the store sets space aside in it. Any thread may call.
+
+    ``recycled`` counts the segments whose reuse began, ``refused`` what there was no space for."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self.recycled = 0
+        self.refused = 0
+        self._free = 0
+        self._lock = threading.Lock()
+
+    def fill(self) -> None:
+        with self._lock:
+            self.full, self._free = True, 0
+
+    def take(self, length: int) -> None:
+        with self._lock:
+            if not self.full:
+                return
+            if length > self._free:
+                self.refused += 1
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._free -= length
+
+    def give(self, length: int) -> None:
+        with self._lock:
+            self._free += length
+
+
 class PoweredFiles(Files):
     """See the module."""
 
-    def __init__(self, volume: Volume) -> None:
+    def __init__(self, volume: Volume, space: "DiskSpace | None" = None) -> None:
         super().__init__(self._step)
         self.volume = volume
+        self.space = space or DiskSpace()
         self.store_losses = 0
         self._in_flight: StoreInFlight | None = None
         volume.dropped = self._settle_store
@@ -85,6 +119,10 @@ class PoweredFiles(Files):
             self.volume.pass_time()  # a cut from here on finds the transaction half written
         elif name == "checkpoint:after-commit":
             self._in_flight = None
+        elif name == "snapshot:before-copy":
+            self.space.take(1)
+        elif name == "segment:before-recycle":
+            self.space.recycled += 1
 
     def _settle_store(self, random: Random) -> None:
         if self._in_flight is not None:
@@ -98,35 +136,39 @@ class PoweredFiles(Files):
 
     # -- everything else ---------------------------------------------------------------------------------------
 
-    def create(self, path: Path, head: bytes, size: int) -> int:
-        temporary = path.with_name(path.name + ".new")
-        descriptor = self.volume.create(self._relative(temporary), os.O_TRUNC)
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-            self._write(descriptor, head, 0)
-            self._fdatasync(descriptor)
-            self.rename(temporary, path)
-            self.sync_directory(path.parent)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
     def reserve(self, path: Path, size: int) -> None:
         if not path.exists():
             os.close(self.volume.create(self._relative(path)))
         super().reserve(path, size)
 
-    def delete(self, path: Path) -> None:
-        if path.exists():
-            self.volume.unlink(self._relative(path))
+    def _make(self, path: Path) -> int:
+        return self.volume.create(self._relative(path), os.O_TRUNC)
 
-    def truncate(self, path: Path, size: int) -> None:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self.volume.resize(self.volume.inode_of(descriptor), descriptor, size)
-        finally:
-            os.close(descriptor)
+    def _allocate(self, descriptor: int, size: int) -> None:
+        self.space.take(max(0, size - os.fstat(descriptor).st_blocks * SECTOR))
+        self.volume.allocate(self.volume.inode_of(descriptor), descriptor, size)
+
+    def _resize(self, descriptor: int, size: int) -> None:
+        self.volume.resize(self.volume.inode_of(descriptor), descriptor, size)
+
+    def _punch(self, descriptor: int, offset: int, length: int) -> None:
+        before = os.fstat(descriptor).st_blocks
+        self.volume.change(
+            self.volume.inode_of(descriptor),
+            descriptor,
+            (offset, offset + length),
+            lambda: super(PoweredFiles, self)._punch(descriptor, offset, length),
+        )
+        self.space.give((before - os.fstat(descriptor).st_blocks) * SECTOR)
+
+    def _fsync(self, descriptor: int) -> None:
+        self._fdatasync(descriptor)
+
+    def _remove(self, path: Path) -> None:
+        if path.exists():
+            blocks = path.stat().st_blocks
+            self.volume.unlink(self._relative(path))
+            self.space.give(blocks * SECTOR)
 
     def rename(self, old: Path, new: Path) -> None:
         self.volume.rename(self._relative(old), self._relative(new))

@@ -5,14 +5,15 @@
 new one verifies all that the old one was promised, before it goes on. The other outlives the servers, meets no error,
 and in the end everything it has done is there, fsynced or not. A part of the cuts comes during the start after the one
 before. Before some of them all servers are killed at once and started again: what they find then is in page caches, and
-the cut may still take it. With ``--mount`` a real mount outlives the servers, too. Prints one line for each broken
+the cut may still take it. Before others the metaserver's disk becomes full while files are deleted, so that segments of
+the log are used again, and stays full during the start or not (see ``powercut_full``). With ``--mount`` a real mount outlives the servers, too. Prints one line for each broken
 promise; exit code 1 if there is one.
 """
 
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from load_manifest import Manifest, Recorded, Tree  # noqa: E402
 from powercut import Lies, Mode  # noqa: E402
 from powercut_client import READ_SECONDS, ClientFilesystem, ClientTree, PowerClient, open_client  # noqa: E402
 from powercut_cluster import PowerCluster  # noqa: E402
+from powercut_full import Deletions, insist, is_full  # noqa: E402
 from powercut_mount import RealMount  # noqa: E402
 from replica_sets import read_sets  # noqa: E402
 from verifying_load import Load  # noqa: E402
@@ -41,6 +43,10 @@ START_SECONDS = (0.0, 0.8)
 CUTS_DURING_START = 0.2
 KILLS = 0.25
 AFTER_KILL_SECONDS = (0.0, 4.0)
+# How often the metaserver's disk is full when the power goes, and how long a program waits that met that.
+FULL = 0.35
+FULL_SECONDS = (0.0, 1.5)
+PAUSE_SECONDS = 0.05
 # A new cluster after so many points, so that what nobody collects does not fill the disk.
 POINTS_PER_CLUSTER = 25
 COPIES = 2
@@ -50,7 +56,11 @@ REPAIR_SECONDS = 30.0
 class Worker:
     """A load on a client, in a thread of its own."""
 
-    def __init__(self, client: PowerClient, top: str, manifest: Path, seed: int) -> None:
+    def __init__(
+        self, client: PowerClient, top: str, manifest: Path, seed: int, full: Callable[[], bool] = lambda: False
+    ) -> None:
+        """``full``: whether there may have been no space a moment ago."""
+        self.full = full
         self.fs = ClientFilesystem(client, top)
         self.load = Load(self.fs, Manifest(manifest), seed)
         self.client = client
@@ -68,13 +78,18 @@ class Worker:
             self._ended.set()
 
     def _work(self) -> None:
-        try:
-            self.load.prepare()
-            while self._go_on and not self.client.dead:
-                self.load.step()
-        except OSError as error:
-            if not self.client.dead:
-                self.load.errors[str(error)] += 1
+        while self._go_on and not self.client.dead:
+            try:
+                self.load.prepare()
+                while self._go_on and not self.client.dead:
+                    self.load.step()
+            except OSError as error:
+                if self.client.dead:
+                    return
+                if not (self.full() and is_full(error)):
+                    self.load.errors[str(error)] += 1
+                    return
+                time.sleep(PAUSE_SECONDS)
 
     async def end(self) -> None:
         self._go_on = False
@@ -92,6 +107,7 @@ class PowerCuts:
         lies: dict[str, Lies] | None = None,
         read_seconds: float = READ_SECONDS,
         mounted: bool = False,
+        fulls: float = FULL,
     ) -> None:
         self.root = root
         self.mounted = mounted
@@ -103,6 +119,10 @@ class PowerCuts:
         self.kills = 0
         self.steps = 0
         self.replica_bytes = 0
+        self.deletions: Deletions | None = None
+        self.deleted = 0
+        self._fulls = fulls
+        self._filled = False
 
     async def run(self, points: int) -> None:
         """So many cuts; what is broken is in ``broken``, and ends it."""
@@ -161,8 +181,9 @@ class PowerCuts:
         return open_client(self.cluster.port, self.cluster.key, read_seconds=self.read_seconds)
 
     async def _worker(self, client: PowerClient, name: str) -> Worker:
-        await client.make_directory(name)
-        return Worker(client, name, self.root / f"manifest-{name}", self.random.randrange(1 << 30))
+        await insist(client, name)
+        manifest, seed = self.root / f"manifest-{name}", self.random.randrange(1 << 30)
+        return Worker(client, name, manifest, seed, lambda: self._filled)
 
     async def _one_point(self, nursery: trio.Nursery) -> None:
         """A client that dies at the cut; whoever comes after it verifies what it was promised."""
@@ -171,6 +192,8 @@ class PowerCuts:
             self.broken += await worker.verify()
             nursery.start_soon(worker.work)
             await trio.sleep(self.random.uniform(*WORK_SECONDS))
+            if self.random.random() < self._fulls:
+                await self._fill(nursery, client)
             if self.random.random() < KILLS:
                 await self._kill(nursery)
                 await trio.sleep(self.random.uniform(*AFTER_KILL_SECONDS))
@@ -180,6 +203,25 @@ class PowerCuts:
         self.broken += worker.load.broken
         self.steps += worker.load.steps
         await self._restart(nursery)
+
+    async def _fill(self, nursery: trio.Nursery, client: PowerClient) -> None:
+        """The metaserver's disk becomes full while files are deleted."""
+        self.deletions = Deletions(f"deleted{self.points}")
+        await self.deletions.prepare(client)
+        self._filled = True
+        self.cluster.space.fill()
+        nursery.start_soon(self.deletions.run, client)
+        await trio.sleep(self.random.uniform(*FULL_SECONDS))
+
+    async def _empty(self) -> None:
+        """There is space again, and what was deleted is looked at."""
+        self.cluster.space.full = False
+        if self.deletions is not None:
+            async with self._client() as client:
+                await self.deletions.verify(client)
+            self.broken += self.deletions.broken
+            self.deleted += self.deletions.deleted
+            self.deletions = None
 
     def _cut(self) -> None:
         self.cluster.cut()
@@ -204,7 +246,11 @@ class PowerCuts:
             self._cut()
             self.broken += await self.cluster.settle()
             self.cluster.begin(nursery)
+        if self.random.random() < 0.5:
+            # Otherwise the start is on a full disk, too.
+            self.cluster.space.full = False
         await self.cluster.wait_ready()
+        await self._empty()
         self.broken += await trio.to_thread.run_sync(self._check)
 
     def _check(self) -> list[str]:
@@ -280,6 +326,7 @@ def main(arguments: list[str]) -> int:
         print(
             f"{mode.value} seed {seed}: {run.points} cuts, {run.kills} kills, {run.steps} steps, {cluster.lost} pages, "
             f"sizes and names in doubt, {cluster.store_losses} store transactions lost, "
+            f"{cluster.space.recycled} segments used again, {run.deleted} files deleted on a full disk, "
             f"{run.replica_bytes / 1e6:.0f} MB of replicas verified, {len(run.broken)} broken, "
             f"{time.monotonic() - began:.0f} s",
             flush=True,
