@@ -5,9 +5,9 @@
 new one verifies all that the old one was promised, before it goes on. The other outlives the servers, meets no error,
 and in the end everything it has done is there, fsynced or not. A part of the cuts comes during the start after the one
 before. Before some of them all servers are killed at once and started again: what they find then is in page caches, and
-the cut may still take it. Before others the metaserver's disk becomes full while files are deleted, so that segments of
-the log are used again, and stays full during the start or not (see ``powercut_full``). With ``--mount`` a real mount outlives the servers, too. Prints one line for each broken
-promise; exit code 1 if there is one.
+the cut may still take it. Before others the metaserver's disk becomes full while files are deleted, so that segments
+of the log are used again, and stays full during the start or not (see ``powercut_full``). With ``--mount`` a real
+mount outlives the servers, too. Prints one line for each broken promise; exit code 1 if there is one.
 """
 
 import logging

@@ -34,6 +34,8 @@ from dfsmount.chunkwriter import Sent  # noqa: E402
 # Virtual seconds after which a run is stuck.
 LONGEST_SECONDS = 900.0
 LAST_EVENTS = 60
+# A run of many says so often how far it is.
+PROGRESS_SEEDS = 100
 
 
 class Result(NamedTuple):
@@ -170,7 +172,9 @@ def main() -> int:
         if options.jobs == 1
         else run_many(seeds, options.jobs, **more)
     )
-    for result in results:
+    for number, result in enumerate(results, 1):
+        if number % PROGRESS_SEEDS == 0:
+            print(f"{number} seeds, failed: {sorted(failed)}", file=sys.stderr, flush=True)
         virtual += result.virtual_seconds
         counts.update(result.counts)
         if result.violations:
