@@ -4,6 +4,7 @@ import os
 
 import msgspec
 import structlog
+import trio
 
 from dfsmount.filestate import FileState
 from dfsmount.handles import UNKNOWN_OUTCOME, FileHandle, OpenFile
@@ -73,6 +74,9 @@ class Files:
         except DfsError as error:
             if error.code in UNKNOWN_OUTCOME:
                 core.jobs.start(self._doubt_made, parent, name)
+            raise
+        except trio.Cancelled:
+            core.jobs.start(self._doubt_made, parent, name)
             raise
         if not made.created:
             return await self._open_existing(made.entry, flags)

@@ -588,6 +588,25 @@ async def test_an_open_whose_answer_did_not_come_is_deregistered(
     await eventually(lambda: not openers(plant, made))
 
 
+async def test_a_create_that_was_cancelled_is_deregistered(
+    plant: Plant, a: TestMount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past its deadline a request of the kernel is cancelled."""
+    remote = a.core.remote
+    ask_make = remote.make
+
+    async def make_slowly(request: Make) -> Response[Made]:
+        await ask_make(request)
+        await trio.sleep_forever()
+        raise AssertionError
+
+    monkeypatch.setattr(remote, "make", make_slowly)
+    with trio.move_on_after(0.2):
+        await a.create(b"f")
+    ino = (await remote.lookup(a.root, b"f")).attributes.ino
+    await eventually(lambda: not openers(plant, ino))
+
+
 async def test_fsync_tells_what_was_lost_before_the_file_was_opened(a: TestMount) -> None:
     """Written, closed, lost, opened, synced: the fsync must not say that all is well."""
     for deregistered in (False, True):
