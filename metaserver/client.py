@@ -35,6 +35,7 @@ RECONNECT_LAST_SECONDS = 1.0
 RESUME_SECONDS = 60.0
 # A page of resent changes stays well below wire.BODY_LIMIT.
 RESEND_PAGE_BYTES = 512 << 10
+# An opened inode and a withdrawn operation take 20 bytes at most.
 DECLARE_PAGE = 10_000
 # Above this many changes that are not durable yet, new ones wait for the disk: bounds what is kept for resending.
 MAX_UNDURABLE = 20_000
@@ -510,9 +511,11 @@ class MetaClient:
         return answer.message
 
     async def _resume(self, connection: Connection, survived: dict[int, int]) -> None:
-        opened, withdrawn = self._hooks.opened(), self._withdrawn
-        for start in range(0, max(len(opened), 1), DECLARE_PAGE):
-            page = protocol.Declare(tuple(opened[start : start + DECLARE_PAGE]), tuple(withdrawn if not start else ()))
+        # More may be withdrawn while this goes on: that is told the next time.
+        opened, withdrawn = self._hooks.opened(), tuple(self._withdrawn)
+        for start in range(0, max(len(opened), len(withdrawn), 1), DECLARE_PAGE):
+            stop = start + DECLARE_PAGE
+            page = protocol.Declare(tuple(opened[start:stop]), withdrawn[start:stop])
             await connection.call(protocol.DECLARE, page, timeout=RESUME_SECONDS)
         again = self._to_resend(survived)
         for page_of in _pages(again):
@@ -528,7 +531,7 @@ class MetaClient:
             for result in answer.message.results:
                 self._resent(result)
             more = answer.message.more
-        self._withdrawn = [operation for operation in self._withdrawn if operation not in withdrawn]
+        del self._withdrawn[: len(withdrawn)]
 
     def _cannot_return(self, error: DfsError) -> None:
         """The metaserver does not take what is to be done again, and never will: better a new session than none."""

@@ -289,6 +289,38 @@ async def test_a_change_that_times_out_is_withdrawn() -> None:
         assert script.declared[-1].withdrawn == (1,)
 
 
+async def test_any_number_of_withdrawn_changes_can_be_told() -> None:
+    """In one message they would pass its bound, and no connection would come about any more."""
+    script = Script()
+    async with a_world(script) as world:
+        many = [(1 << 50) + number for number in range(150_000)]
+        world.meta._withdrawn = list(many)
+        world.cut()
+        await world.meta.call(protocol.GET_ATTRIBUTES, protocol.GetAttributes(1))
+        assert [operation for page in script.declared for operation in page.withdrawn] == many
+        assert [opened for page in script.declared for opened in page.opened] == [protocol.Opened(5, True)]
+
+
+async def test_what_is_withdrawn_while_a_session_returns_is_told_the_next_time() -> None:
+    script = Script()
+    async with a_world(script) as world:
+        resumed = script.resume_done
+
+        def resume_done(connection: Connection, request: Any) -> Result:
+            world.meta._withdrawn.append(77)
+            return resumed(connection, request)
+
+        script.resume_done = resume_done  # type: ignore[method-assign]
+        world.meta._withdrawn = [5]
+        world.cut()
+        await world.meta.call(protocol.GET_ATTRIBUTES, protocol.GetAttributes(1))
+        assert [page.withdrawn for page in script.declared] == [(5,)]
+        script.resume_done = resumed  # type: ignore[method-assign]
+        world.cut()
+        await world.meta.call(protocol.GET_ATTRIBUTES, protocol.GetAttributes(1))
+        assert [page.withdrawn for page in script.declared] == [(5,), (77,)]
+
+
 async def test_pushes_reach_the_hooks_and_a_flush_is_answered() -> None:
     script = Script()
     async with a_world(script) as world:
