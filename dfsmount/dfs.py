@@ -80,9 +80,10 @@ def status(data: Data = "", metaserver: Metaserver = "", key_file: KeyFile = "",
         answer = api.status()
         missing = api.missing() if answer.chunks.missing else []
     from dfsmount import dfs_show
+    from metaserver import words
 
     if as_json:
-        verdict, healthy = dfs_show.verdict(answer), not dfs_show.troubles(answer)
+        verdict, healthy = words.verdict(answer), not words.troubles(answer)
         print_json({"verdict": verdict, "healthy": healthy, "status": answer, "missing": missing})
     else:
         dfs_show.show_status(answer, access.http, missing)

@@ -12,10 +12,11 @@ from chunkserver.protocol import Peer
 from dfsmount.dfs_api import Api, ReplicaListing
 from dfsmount.dfs_find import Access
 from dfsmount.dfs_layout import Problem
-from dfsmount.dfs_show import console, count_text
+from dfsmount.dfs_show import console
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.key import ClusterKey
 from metaserver.protocol import ServerStatus, Status
+from metaserver.words import count_text
 
 # Findings of one kind that are printed; all are in the JSON.
 SHOWN = 20

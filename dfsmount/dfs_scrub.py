@@ -10,8 +10,9 @@ from chunkserver.protocol import ScrubReport
 from dfsmount.dfs_api import Api
 from dfsmount.dfs_find import Access
 from dfsmount.dfs_layout import Problem
-from dfsmount.dfs_show import bytes_text, console, count_text
+from dfsmount.dfs_show import console
 from metaserver.protocol import ServerStatus
+from metaserver.words import bytes_text, count_text
 
 POLL_SECONDS = 0.5
 # A server that is out of reach for longer is given up.

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 
 from dfsmount.dfs_api import Api
 from dfsmount.dfs_layout import Problem
-from dfsmount.dfs_show import bytes_text, console, count_text, seconds_text
+from dfsmount.dfs_show import console
 from metaserver.protocol import Planned, RebalanceStatus, ServerStatus
+from metaserver.words import bytes_text, count_text, seconds_text
 
 # Between two looks; and, where nobody watches a terminal, between two lines of progress.
 LOOK_SECONDS = 1.0

@@ -28,6 +28,7 @@ METASERVER_PUBLISHED = {
         "settings",
         "systemd",
         "version",
+        "words",
     )
 }
 CHUNKSERVER_PUBLISHED = {f"chunkserver.{name}" for name in ("protocol", "chunkfile", "client", "pulse")}

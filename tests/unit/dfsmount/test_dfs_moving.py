@@ -13,7 +13,7 @@ from dfsmount.dfs_find import Access
 from dfsmount.dfs_layout import Problem
 from dfsmount.dfs_mounts import Mount
 from dfsmount.dfs_servers import Rate
-from dfsmount.dfs_show import missing_lines, repair_text, stuck_text
+from dfsmount.dfs_show import missing_lines
 from metaserver.protocol import (
     ChunkHealth,
     CopiesStatus,
@@ -24,6 +24,7 @@ from metaserver.protocol import (
     ServerStatus,
     Status,
 )
+from metaserver.words import repair_text, stuck_text
 
 
 def server(**changes: object) -> ServerStatus:

@@ -3,9 +3,10 @@
 import pytest
 
 from chunkserver.protocol import ScrubReport
-from dfsmount import dfs_scrub, dfs_show
+from dfsmount import dfs_scrub
 from dfsmount.dfs_layout import Problem
 from dfsmount.dfs_scrub import Scrubbed
+from metaserver import words
 from metaserver.protocol import ScrubStatus, ServerStatus
 
 STATUS = ScrubStatus(43 << 20, 100 << 20, 5.0, 2.1 * (1 << 20), 0, 600.0, 5 * 86400.0)
@@ -53,9 +54,9 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_person_sees() -> None:
-    assert dfs_show.scrub_text(STATUS) == "43 % of pass, 2.1 MiB/s, last pass 5 d ago, 0 bad"
-    assert dfs_show.scrub_text(ScrubStatus(0, 0, 0.0, 0.0, 2)) == "no pass yet, 2 bad"
-    assert dfs_show.scrub_text(None) == "not known"
+    assert words.scrub_text(STATUS) == "43 % of pass, 2.1 MiB/s, last pass 5 d ago, 0 bad"
+    assert words.scrub_text(ScrubStatus(0, 0, 0.0, 0.0, 2)) == "no pass yet, 2 bad"
+    assert words.scrub_text(None) == "not known"
 
 
 def test_which_servers() -> None:

@@ -13,6 +13,7 @@ from dfsmount import dfs_api, dfs_check, dfs_chunks, dfs_show
 from dfsmount.dfs_api import Api, ReplicaListing
 from dfsmount.dfs_find import Access
 from dfsmount.dfs_layout import Problem
+from metaserver import words
 from metaserver.protocol import (
     ChunkHealth,
     CleanerStatus,
@@ -55,10 +56,10 @@ def status(**changes: Any) -> Status:
 
 
 def test_all_is_well() -> None:
-    assert dfs_show.verdict(status()) == "Healthy: all 3 chunkservers are up and every chunk has its 2 copies."
-    assert dfs_show.troubles(status()) == []
+    assert words.verdict(status()) == "Healthy: all 3 chunkservers are up and every chunk has its 2 copies."
+    assert words.troubles(status()) == []
     one = status(servers=[server(1)], copies=1)
-    assert dfs_show.verdict(one) == "Healthy: the chunkserver is up and every chunk has its 1 copy."
+    assert words.verdict(one) == "Healthy: the chunkserver is up and every chunk has its 1 copy."
 
 
 @pytest.mark.parametrize(
@@ -78,20 +79,20 @@ def test_all_is_well() -> None:
     ],
 )
 def test_what_is_not_well(changes: dict[str, Any], text: str) -> None:
-    said = dfs_show.verdict(status(**changes))
+    said = words.verdict(status(**changes))
     assert said.startswith("Not healthy: ")
     assert text in said
 
 
 def test_missing_data_comes_first() -> None:
     worst = status(servers=[server(1), server(2, "LOST")], chunks=ChunkHealth(8, 0, 5, 3, 0, 0))
-    assert dfs_show.verdict(worst).startswith("Not healthy: DATA IS MISSING: 3 chunks")
+    assert words.verdict(worst).startswith("Not healthy: DATA IS MISSING: 3 chunks")
 
 
 def test_the_cleaner_is_shown_while_it_has_work() -> None:
-    assert not any(line.startswith("cleaner") for line in dfs_show.summary_lines(status(), "host:1"))
+    assert not any(line.startswith("cleaner") for line in words.summary_lines(status(), "host:1"))
     cleaner = CleanerStatus(candidates=3, dead_bytes=100 << 20, cleaning=1, freed_chunks=7)
-    (line,) = (line for line in dfs_show.summary_lines(status(cleaner=cleaner), "h") if line.startswith("cleaner"))
+    (line,) = (line for line in words.summary_lines(status(cleaner=cleaner), "h") if line.startswith("cleaner"))
     assert line == "cleaner     rewriting 1 chunk, 3 chunks with 100 MiB dead; 7 chunks freed so far"
 
 
@@ -117,14 +118,14 @@ def test_status_is_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_sizes_for_people(count: int, text: str) -> None:
-    assert dfs_show.bytes_text(count) == text
+    assert words.bytes_text(count) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (600, "10 min"), (7200, "2 h"), (500_000, "6 d")]
 )
 def test_durations_for_people(seconds: float, text: str) -> None:
-    assert dfs_show.seconds_text(seconds) == text
+    assert words.seconds_text(seconds) == text
 
 
 # -- chunks --------------------------------------------------------------------------------------------------------
