@@ -97,6 +97,8 @@ system_setup() {
     else
         install_packages "${FUSE_PACKAGES[@]}" "$@"
     fi
+    # One name for it, whether called through a link or from an activated environment: python_setup remembers it.
+    PYTHON=$(readlink -f "$PYTHON")
     if [[ ! -c /dev/fuse ]]; then
         modprobe fuse 2>/dev/null || true
         [[ -c /dev/fuse ]] || fail "there is no /dev/fuse: load the kernel module fuse (in a container: pass the device)"
