@@ -1,6 +1,7 @@
 """The metaserver's HTTP interface: the routes of ``metaserver/protocol.py``, and metrics. Decodes, calls, encodes."""
 
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -10,15 +11,17 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from metaserver.admin import Admin
 from metaserver.admin import routes as admin_routes
 from metaserver.control import Control
 from metaserver.errors import DfsError, ErrorCode
+from metaserver.history import History
 from metaserver.httpserver import json_reply, protected, read_json
 from metaserver.key import ClusterKey
+from metaserver.page import Page
 from metaserver.planning import Group
 from metaserver.protocol import Heartbeat, Register, ReportPage
 from metaserver.service import Service
@@ -105,10 +108,12 @@ def make_app(
     control: Control,
     status: StatusReader,
     admin: Admin,
+    history: History,
     key: ClusterKey | None,
 ) -> Starlette:
     """The application; every path but ``/health`` needs the token of ``key``."""
     registry = CollectorRegistry()
+    page = Page()
     registry.register(ServiceMetrics(service, status))
 
     async def register(request: Request) -> Response:
@@ -146,6 +151,10 @@ def make_app(
         snapshot = await service.committer.snapshot()
         return json_reply({"path": str(snapshot.path), "position": str(snapshot.position)})
 
+    async def show_page(request: Request) -> Response:
+        shown = page.render(await status.status(), history.samples, history.events, time.time_ns())
+        return HTMLResponse(shown, headers=page.headers)
+
     async def health(request: Request) -> Response:
         return json_reply({"role": "metaserver", "epoch": service.committer.epoch, "status": "ok"})
 
@@ -153,6 +162,7 @@ def make_app(
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     routes = [
+        Route("/", show_page),
         Route("/v1/servers/register", register, methods=["POST"]),
         Route("/v1/servers/{server}/report", report, methods=["POST"]),
         Route("/v1/servers/{server}/heartbeat", heartbeat, methods=["POST"]),

@@ -7,6 +7,7 @@ Errors are a 4xx or 5xx with ``{"code": ErrorCode name, "text": one line}``. Eve
 import hmac
 import logging
 import socket
+from base64 import b64decode
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
@@ -64,7 +65,11 @@ def json_reply(value: Any, status: int = 200) -> Response:
 
 def error_reply(error: DfsError) -> Response:
     """The answer that stands for ``error``; a conflict with the state of things (409) unless the code says better."""
-    return json_reply({"code": error.code.name, "text": error.text}, _STATUS.get(error.code, 409))
+    reply = json_reply({"code": error.code.name, "text": error.text}, _STATUS.get(error.code, 409))
+    if error.code is ErrorCode.BAD_KEY:
+        # A browser asks for it.
+        reply.headers["WWW-Authenticate"] = 'Basic realm="the token of the cluster key as password", charset="UTF-8"'
+    return reply
 
 
 async def read_json(request: Request, type_: type[ReadT]) -> ReadT:
@@ -82,6 +87,7 @@ class _Guard:
     def __init__(self, app: ASGIApp, key: ClusterKey | None, open_paths: tuple[str, ...], body_limit: int) -> None:
         self._app = app
         self._expected = None if key is None else f"Bearer {key.http_token}".encode()
+        self._token = None if key is None else key.http_token.encode()
         self._open_paths = open_paths
         self._body_limit = body_limit
 
@@ -121,10 +127,22 @@ class _Guard:
         headers = dict(scope["headers"])
         if self._expected is not None and scope["path"] not in self._open_paths:
             given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
+            if not hmac.compare_digest(given, self._expected) and not self._may_look(scope["method"], given):
                 raise DfsError(ErrorCode.BAD_KEY, "this needs the token of the cluster key")
         length = headers.get(b"content-length", b"0")
         self._check_length(int(length) if length.isdigit() else 0)
+
+    def _may_look(self, method: str, given: bytes) -> bool:
+        """Whether this is a browser whose user typed the token as the password. It may only read: browsers send a
+        password along with whatever another site has them ask for."""
+        scheme, _, encoded = given.partition(b" ")
+        if self._token is None or method not in ("GET", "HEAD") or scheme.lower() != b"basic":
+            return False
+        try:
+            _, _, password = b64decode(encoded, validate=True).partition(b":")
+        except ValueError:
+            return False
+        return hmac.compare_digest(password, self._token)
 
     def _check_length(self, length: int) -> None:
         if length > self._body_limit:

@@ -16,8 +16,10 @@ from metaserver.config import Config
 from metaserver.control import Control
 from metaserver.draining import Draining
 from metaserver.flushing import Flushing
+from metaserver.history import History, Seen
 from metaserver.losses import Losses
 from metaserver.members import Members
+from metaserver.planning import Group
 from metaserver.protocol import ROOT_INO
 from metaserver.repair import Repair
 from metaserver.resume import Resuming
@@ -72,6 +74,7 @@ class Parts:
         drains = Draining(committer, clock, members, repair, changes, sessions)
         losses = Losses(committer, members)
         self.admin = Admin(committer, config, changes, tasks, drains, balancer, losses, resuming.window)
+        self.history = History(self.seen, now_ns)
         chores = (balancer.tick, drains.ask_writers)
         self.aging = Aging(config, clock, sessions, members, changes, resuming, tasks, repair, cleaner, chores)
 
@@ -93,6 +96,20 @@ class Parts:
         self.repair.kept_below = 0 if kept is None else read_u64(kept)
         self.cleaner.load()
         self.resuming.load(self.tasks.load())
+
+    def seen(self) -> Seen:
+        """What the status page remembers the last hour of."""
+        members = self.members.by_id
+        return Seen(
+            self.status.servers(),
+            self.status.sessions(),
+            sum(self.service.counts.values()),
+            {server: member.read_bytes for server, member in members.items()},
+            {server: member.written_bytes for server, member in members.items()},
+            self.repair.waiting(Group.COPIES),
+            self.changes.refusing,
+            self.committer.is_full,
+        )
 
     def client(self) -> Client:
         """For one more connection."""

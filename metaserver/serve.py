@@ -94,6 +94,7 @@ async def _run(
         ports = Ports(listener.getsockname()[1], await _start_http(nursery, config, key, parts))
         nursery.start_soon(transport.serve, listener, _Acceptor(parts, key).handle)
         nursery.start_soon(parts.aging.run)
+        nursery.start_soon(parts.history.run)
         nursery.start_soon(systemd.feed_watchdog)
         systemd.notify("READY=1")
         log.info(
@@ -142,7 +143,7 @@ class _Acceptor:
 
 
 async def _start_http(nursery: trio.Nursery, config: Config, key: ClusterKey, parts: Parts) -> int:
-    app = make_app(parts.service, parts.control, parts.status, parts.admin, key)
+    app = make_app(parts.service, parts.control, parts.status, parts.admin, parts.history, key)
     try:
         bound: int = await nursery.start(httpserver.run_http, app, config.http_host, config.http_port)
     except OSError as error:

@@ -24,7 +24,7 @@ KEY = ClusterKey(b"k" * 32)
 async def serving(directory: Path, token: str = KEY.http_token) -> AsyncIterator[tuple[Running, httpx.AsyncClient]]:
     async with running(directory) as metaserver:
         parts = metaserver.parts
-        app = make_app(parts.service, parts.control, parts.status, parts.admin, KEY)
+        app = make_app(parts.service, parts.control, parts.status, parts.admin, parts.history, KEY)
         headers = {"authorization": f"Bearer {token}"}
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://metaserver", headers=headers) as client:
