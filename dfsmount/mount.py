@@ -23,7 +23,7 @@ import pyfuse3
 import structlog
 import trio
 
-from dfsmount import dfs_mounts, fuseloop
+from dfsmount import dfs_mounts, fuseloop, guardian
 from dfsmount.assembly import Client, ClientOptions, open_client
 from dfsmount.config import DEFAULT_KEY_FILE, MountPlan, Options
 from dfsmount.operations import Operations
@@ -200,6 +200,7 @@ class Mounted:
         self.vfs = client.vfs
         self._waiting = Waiting(plan.options.timeout)
         self._main_scope = trio.CancelScope()
+        self._guardian: subprocess.Popen[bytes] | None = None
 
     async def run(self, ready: Callable[[], None]) -> int:
         """Mounts and serves until the end; the exit code."""
@@ -220,6 +221,9 @@ class Mounted:
             finally:
                 clean = await self._finish()
                 pyfuse3.close(unmount=True)
+                if self._guardian is not None:
+                    self._guardian.kill()
+                    self._guardian.wait()
             nursery.cancel_scope.cancel()
         return 0 if clean else 1
 
@@ -227,6 +231,7 @@ class Mounted:
         mountpoint = self.plan.mountpoint
         device = await trio.to_thread.run_sync(_ask_mount, mountpoint, abandon_on_cancel=True)
         _raise_read_ahead(device)
+        self._guardian = _start_guardian(mountpoint, device)
         log.info("mounted", source=str(self.plan.source), mountpoint=str(mountpoint))
         systemd.notify("READY=1")
         ready()
@@ -315,6 +320,18 @@ def _ask_mount(mountpoint: Path) -> int:
     if done.returncode:
         raise OSError(errno.EIO, (done.stderr.strip().splitlines() or ["the mount does not answer"])[-1])
     return int(done.stdout)
+
+
+def _start_guardian(mountpoint: Path, device: int) -> "subprocess.Popen[bytes]":
+    """See ``guardian``. Called by the main thread, whose death it waits for."""
+    child = subprocess.Popen(
+        [sys.executable, "-I", "-S", guardian.__file__],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", start_new_session=True,
+    )  # fmt: skip
+    assert child.stdin is not None
+    with suppress(BrokenPipeError), child.stdin:
+        child.stdin.write(b"%d %d %s" % (device, os.getpid(), os.fsencode(mountpoint)))
+    return child
 
 
 def _raise_read_ahead(device: int) -> None:
