@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dfsmount import dfs_manage
+from dfsmount import dfs_gateway, dfs_manage
 from dfsmount.dfs_options import AsJson, Data, KeyFile, Metaserver, end, find, print_json, say
 
 app = typer.Typer(
@@ -153,6 +153,7 @@ def scrub(
 
 
 dfs_manage.add_to(app)
+dfs_gateway.add_to(app)
 
 
 def main() -> None:

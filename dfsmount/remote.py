@@ -8,7 +8,18 @@ from collections.abc import Sequence
 
 from metaserver import protocol
 from metaserver.client import MetaClient
-from metaserver.protocol import Attributes, DirectoryPage, Entry, FsStats, Made, Renamed, SetAttributes, Unlinked
+from metaserver.protocol import (
+    Attributes,
+    DirectoryPage,
+    Entry,
+    FileMap,
+    FsStats,
+    Made,
+    Renamed,
+    ServerAddress,
+    SetAttributes,
+    Unlinked,
+)
 from metaserver.wire import Response
 
 
@@ -78,6 +89,15 @@ class Remote:
 
     async def stat_fs(self, ino: int) -> FsStats:
         return await self._meta.call(protocol.STAT_FS, protocol.StatFs(ino), timeout=self._timeout)
+
+    async def get_extents(self, ino: int, offset: int, length: int) -> FileMap:
+        """A page of a file's map; readers ask for theirs themselves."""
+        return await self._meta.call(
+            protocol.GET_EXTENTS, protocol.GetExtents(ino, offset, length), timeout=self._timeout
+        )
+
+    async def servers(self) -> dict[int, ServerAddress]:
+        return await self._meta.servers()
 
     async def sync(self) -> None:
         """Returns when everything this mount has done or seen is durable."""

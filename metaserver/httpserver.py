@@ -9,7 +9,7 @@ import logging
 import socket
 from base64 import b64decode
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import hypercorn.typing
 import msgspec
@@ -37,6 +37,11 @@ log = structlog.get_logger(__name__)
 KEEP_ALIVE_SECONDS = 75
 # While a request's body is on its way, and while its answer is being made: a check of everything may take minutes.
 READ_SECONDS = 900
+
+# Pieces of a body, of up to 64 KiB, that wait for the application, in each connection.
+QUEUED_MESSAGES = 4
+# Of a body that was answered before its end, so much is still taken, for so long.
+LINGER_BYTES, LINGER_SECONDS = 4 << 20, 2.0
 
 ReadT = TypeVar("ReadT")
 
@@ -152,7 +157,10 @@ class _Guard:
 async def _http_exception(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _FROM_STATUS.get(error.status_code, ErrorCode.INVALID)
-    return json_reply({"code": code.name, "text": error.detail}, error.status_code)
+    reply = json_reply({"code": code.name, "text": error.detail}, error.status_code)
+    # For 405: what is allowed.
+    reply.headers.update(error.headers or {})
+    return reply
 
 
 async def _dfs_error(_: Request, error: Exception) -> Response:
@@ -178,27 +186,116 @@ def protected(
     )
 
 
+class _Lingering:
+    """ASGI middleware: an answer before the end of the request's body reaches the client, and the connection ends.
+
+    A client that is still sending would get a reset instead of the answer if the connection were closed at once.
+    And hypercorn must always find somebody who takes what it has received: otherwise it waits for that for ever,
+    holding what is in its queue.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        received = answered = False
+
+        async def receiving() -> Message:
+            nonlocal received
+            message = await receive()
+            received = received or _is_last(message)
+            return message
+
+        async def sending(message: Message) -> None:
+            nonlocal answered
+            if message["type"] != "http.response.body" or message.get("more_body", False):
+                await send(message)
+                return
+            answered = True
+            if received:
+                await send(message)
+                return
+            await send({**message, "more_body": True})
+            await _discard_some(receiving)
+            await _send_last({"type": "http.response.body", "body": b"", "more_body": False})
+
+        async def _send_last(message: Message | None) -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_discard, receive)
+                # None is what hypercorn itself sends after the application's end; a second one does nothing.
+                await send(cast(Message, message))
+                nursery.cancel_scope.cancel()
+
+        await self._app(scope, receiving, sending)
+        if not answered and not received:
+            await _send_last(None)
+
+
+def _is_last(message: Message) -> bool:
+    return message["type"] == "http.disconnect" or not message.get("more_body", False)
+
+
+async def _discard_some(receive: Receive) -> None:
+    """Takes the rest of a body, if it is short or its sender gives up soon."""
+    left = LINGER_BYTES
+    with trio.move_on_after(LINGER_SECONDS):
+        while left > 0:
+            message = await receive()
+            if _is_last(message):
+                return
+            left -= len(message.get("body", b""))
+
+
+async def _discard(receive: Receive) -> None:
+    while True:
+        await receive()
+
+
+class Tls(NamedTuple):
+    """A certificate (with its chain) and its private key, as files in PEM."""
+
+    certificate: str
+    private_key: str
+
+
 async def run_http(
-    app: ASGIApp, host: str, port: int, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
+    app: ASGIApp,
+    host: str,
+    port: int,
+    *,
+    read_seconds: int | None = READ_SECONDS,
+    dead_peer_seconds: int = DEAD_PEER_SECONDS,
+    tls: Tls | None = None,
+    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves until cancelled; use with ``nursery.start``, which returns the port (chosen by the system for 0).
 
+    ``read_seconds`` bounds how long a client may say nothing, also while it is being answered; None: the application
+    sees to that. ``dead_peer_seconds``: for how long a client may take nothing of what is sent to it.
     Raises ``OSError`` if it cannot listen there.
     """
     listener = listen(host, port)
     # Inherited by what is accepted; bounds hypercorn's shielded sends to a client that stopped reading.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_SECONDS * 1000)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, dead_peer_seconds * 1000)
     config = Config()
     config.errorlog = logging.getLogger("hypercorn.error")
     config.loglevel = "WARNING"
     logging.getLogger("hypercorn.error").setLevel(logging.WARNING)
     config.keep_alive_timeout = KEEP_ALIVE_SECONDS
-    config.read_timeout = READ_SECONDS
+    config.read_timeout = read_seconds
     config.include_server_header = False
+    config.max_app_queue_size = QUEUED_MESSAGES
+    if tls is not None:
+        config.certfile, config.keyfile = tls.certificate, tls.private_key
+        config.alpn_protocols = ["http/1.1"]
     try:
         async with trio.open_nursery() as nursery:
-            sockets = Sockets([], [listener], [])
-            wrapped = wrap_app(cast(hypercorn.typing.ASGIFramework, app), config.wsgi_max_body_size, "asgi")
+            sockets = Sockets([], [listener], []) if tls is None else Sockets([listener], [], [])
+            lingering = cast(hypercorn.typing.ASGIFramework, _Lingering(app))
+            wrapped = wrap_app(lingering, config.wsgi_max_body_size, "asgi")
             bound = listener.getsockname()[1]
 
             async def run(*, task_status: trio.TaskStatus[Any]) -> None:
