@@ -25,6 +25,7 @@ import lmdb
 import structlog
 from crc32c import crc32c
 
+from metaserver.files import is_full
 from metaserver.overlay import PREFIX, Rows
 from metaserver.pages import PAGE_BYTES, RESIDUE, DamagedPage, check_pages, read_meta
 from metaserver.schema import Table, Total
@@ -46,6 +47,8 @@ _CRC = struct.Struct("<I")
 PAUSE_ROWS = 64
 PAUSE_SECONDS = 50e-6
 CATCH_UP_ROWS = 400_000
+# Less than this, and a disk is full.
+ROOM_BYTES = 1 << 20
 TABLES = tuple(table for table in Table if table is not Table.TOTALS)
 
 
@@ -110,18 +113,14 @@ def check_file(path: Path, seconds: float | None = None) -> int:
 
 
 def create_store(path: Path) -> None:
-    """Makes an empty store durably: it is there whole or not at all."""
+    """Makes an empty store durably: it is there whole or not at all. Raises :class:`StoreFull` or ``OSError``."""
     temporary = path.with_name(path.name + ".new")
     temporary.unlink(missing_ok=True)
     _lock_file(temporary).unlink(missing_ok=True)
-    environment = lmdb.open(str(temporary), subdir=False, map_size=1 << 20, mode=0o600, max_readers=1)
     try:
-        with environment.begin(write=True) as transaction:
-            for table in TABLES:
-                key = PREFIX[Table.TOTALS] + PREFIX[table]
-                transaction.put(key, seal_row(key, Total(0, 0).pack()))
-    finally:
-        environment.close()
+        _write_empty(temporary)
+    except lmdb.Error as error:
+        raise _failure(error, temporary) from error
     _lock_file(temporary).unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_RDWR)
     try:
@@ -129,6 +128,17 @@ def create_store(path: Path) -> None:
     finally:
         os.close(descriptor)
     os.rename(temporary, path)
+
+
+def _write_empty(path: Path) -> None:
+    environment = lmdb.open(str(path), subdir=False, map_size=1 << 20, mode=0o600, max_readers=1)
+    try:
+        with environment.begin(write=True) as transaction:
+            for table in TABLES:
+                key = PREFIX[Table.TOTALS] + PREFIX[table]
+                transaction.put(key, seal_row(key, Total(0, 0).pack()))
+    finally:
+        environment.close()
 
 
 def _lock_file(path: Path) -> Path:
@@ -345,9 +355,7 @@ class Store(Reader):
         except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError) as error:
             raise self.damaged(f"{self.path} cannot be written ({error})") from error
         except lmdb.Error as error:
-            if _is_full(error):
-                raise StoreFull from error
-            raise OSError(errno.EIO, f"{self.path} cannot be written ({error})") from error
+            raise _failure(error, self.path) from error
 
     def _write_rows(self, transaction: "lmdb.Transaction[bytes]", rows: Rows) -> None:
         counts = [0] * len(PREFIX)
@@ -396,16 +404,14 @@ class Store(Reader):
         self._transaction = self.environment.begin()
 
     def copy(self, path: Path) -> None:
-        """Writes a compacted copy of the newest checkpoint, not synced; raises :class:`StoreFull` or ``lmdb.Error``.
+        """Writes a compacted copy of the newest checkpoint, not synced; raises :class:`StoreFull` or ``OSError``.
 
         Runs in a worker thread; no :meth:`grow` meanwhile.
         """
         try:
             self.environment.copy(str(path), compact=True)
         except lmdb.Error as error:
-            if _is_full(error):
-                raise StoreFull from error
-            raise
+            raise _failure(error, path) from error
 
     def reserve(self, length: int) -> None:
         """Has the disk keep space for ``length`` bytes more, inside the file, so that what frees space can be written
@@ -436,9 +442,33 @@ class Store(Reader):
         self.environment.close()
 
 
-def _is_full(error: lmdb.Error) -> bool:
-    """LMDB has a class for a full disk; a full quota comes as text only."""
-    return isinstance(error, lmdb.DiskError) or os.strerror(errno.EDQUOT) in str(error)
+def _failure(error: lmdb.Error, path: Path) -> StoreFull | OSError:
+    """What a write of LMDB's means that failed."""
+    if _is_full(error, path):
+        return StoreFull()
+    return OSError(errno.EIO, f"{path} cannot be written ({error})")
+
+
+def _is_full(error: lmdb.Error, path: Path) -> bool:
+    """LMDB has a class for a full disk; a full quota comes as text only. Where part of a write found room, the kernel
+    says how much, and LMDB something else."""
+    if isinstance(error, lmdb.DiskError) or os.strerror(errno.EDQUOT) in str(error):
+        return True
+    return not _has_room(path.with_name(path.name + ".room"))
+
+
+def _has_room(probe: Path) -> bool:
+    """Whether a file of some size can be made; asked by making one, since nothing else knows of quotas."""
+    try:
+        descriptor = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, ROOM_BYTES)
+        finally:
+            os.close(descriptor)
+            probe.unlink()
+    except OSError as error:
+        return not is_full(error)
+    return True
 
 
 def read_totals(reader: Reader) -> dict[Table, Total]:

@@ -1,6 +1,11 @@
 """The store: checksums, totals, growth, and everything a damaged file can look like."""
 
+import errno
+import os
 import random
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,7 @@ from metaserver.store import (
     CorruptStore,
     MapFull,
     Store,
+    StoreFull,
     ViewExpired,
     check_file,
     create_store,
@@ -258,3 +264,40 @@ def test_an_interrupted_creation_leaves_nothing_that_counts(tmp_path: Path) -> N
     assert store.entries() == len(Table) - 1
     store.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.mdb", "data.mdb-lock"]
+
+
+@contextmanager
+def short_writes(path: Path) -> Iterator[None]:
+    """No file becomes much longer than this one is: a write that crosses that is carried out in part."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_blocks * 512 + 3 * PAGE_BYTES + 1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_write_that_finds_space_for_a_part_meets_a_full_disk(
+    path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """LMDB says EIO then: only if there is no space left either is it a full disk."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC if full else errno.EFBIG, "refused")
+
+    store = Store.open(path, SMALL_MAP)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    rows = {row_key(Table.INODES, b"%06d" % number): bytes(3000) for number in range(50)}
+    with short_writes(path), pytest.raises(StoreFull if full else OSError):
+        store.write(rows)
+    assert rows_of(store) == {}
+    store.write(rows)
+    store.renew()
+    assert rows_of(store) == rows
+    empty = path.with_name("empty")
+    empty.touch()
+    with short_writes(empty), pytest.raises(StoreFull if full else OSError):
+        store.copy(path.with_name("copy"))
+    assert list(path.parent.glob("*.room")) == []
+    store.close()
