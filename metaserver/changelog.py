@@ -39,7 +39,7 @@ SMALLEST_PART = 16
 
 
 class LogFull(Exception):
-    """There is no space for the record: it was not written, nothing has changed."""
+    """There is no space for the record: nothing has changed."""
 
 
 def segment_name(segment: int) -> str:
@@ -328,14 +328,21 @@ class Changelog:
                     raise LogFull from error
 
     def append(self, number: int, durable: int, session: int, operation: int, time_ns: int, rows: Rows) -> None:
-        """Writes one record to the page cache. Raises :class:`LogFull` with nothing written if another segment is
-        needed and there is no space for it, or ``OSError``, after which the log must not be used any more."""
+        """Writes one record to the page cache. Raises :class:`LogFull` with nothing changed if there is no space for it
+        or for the segment it needs, or ``OSError``, after which the log must not be used any more."""
         segment = self._current
         record = encode_record(segment.seed, self._epoch, number, durable, session, operation, time_ns, rows)
         if segment.end + len(record) > segment.size:
             segment = self._rotate(len(record))
             record = encode_record(segment.seed, self._epoch, number, durable, session, operation, time_ns, rows)
-        self._files.append(segment.descriptor, record, segment.end)
+        try:
+            self._files.append(segment.descriptor, record, segment.end)
+        except OSError as error:
+            if is_full(error):
+                # Blocks set aside are no promise where they are copied when written. What part of the record is there
+                # is overwritten by the next one, or cut off by the next start.
+                raise LogFull from error
+            raise _naming(error, segment.path) from error
         segment.end += len(record)
         self.appended += len(record)
         if not segment.first:
@@ -366,7 +373,10 @@ class Changelog:
     def sync(self, batch: tuple[tuple[OpenSegment, int], ...]) -> None:
         """Syncs segments; raises ``OSError``, after which the log must not be used any more."""
         for segment, _ in batch:
-            self._files.sync(segment.descriptor)
+            try:
+                self._files.sync(segment.descriptor)
+            except OSError as error:
+                raise _naming(error, segment.path) from error
 
     def synced(self, batch: tuple[tuple[OpenSegment, int], ...]) -> None:
         """Segments that are full are done with, unless they were appended to while they were synced. Only for whoever
@@ -391,6 +401,11 @@ class Changelog:
             if segment is not None:
                 self._files.close(segment.descriptor)
         self._unsynced.clear()
+
+
+def _naming(error: OSError, path: Path) -> OSError:
+    """The same with the file's name: a call on a descriptor does not tell."""
+    return OSError(error.errno, error.strerror, str(path))
 
 
 def _ends_by(segment: KeptSegment, following: KeptSegment, position: Position) -> bool:

@@ -24,7 +24,7 @@ import structlog
 import trio
 
 from metaserver import wire
-from metaserver.errors import ConnectionLost, DfsError, ErrorCode
+from metaserver.errors import ConnectionLost, DfsError, ErrorCode, ProcessEnds
 from metaserver.key import ClusterKey
 from metaserver.transport import Transport
 from metaserver.wire import Buffer, Hello, Kind, Method, Response
@@ -435,6 +435,8 @@ class Connection:
             result = self._dispatch(self, incoming)
         except DfsError as error:
             self._fail(header, error)
+        except ProcessEnds as error:
+            self.close(str(error))
         except Exception:
             log.exception("handler failed", method=header.method, peer=self.transport.name)
             self._fail(header, DfsError(ErrorCode.INTERNAL, "the server met an unexpected condition; see its log"))
@@ -459,6 +461,8 @@ class Connection:
             self._fail(header, DfsError(ErrorCode.CANCELLED, "cancelled by the caller"))
         except DfsError as error:
             self._fail(header, error)
+        except ProcessEnds as error:
+            self.close(str(error))
         except Exception:
             log.exception("handler failed", method=header.method, peer=self.transport.name)
             self._fail(header, DfsError(ErrorCode.INTERNAL, "the server met an unexpected condition; see its log"))

@@ -14,7 +14,7 @@ import structlog
 import trio
 
 from metaserver.changelog import LogFull
-from metaserver.errors import DfsError, ErrorCode
+from metaserver.errors import DfsError, ErrorCode, ProcessEnds
 from metaserver.files import Files, is_full
 from metaserver.logrecord import Position
 from metaserver.overlay import Rows, row_key
@@ -32,7 +32,7 @@ FULL_PART = 20
 RunSync: TypeAlias = Callable[..., Awaitable[Any]]
 
 
-class EngineFailed(Exception):
+class EngineFailed(ProcessEnds):
     """The disk failed, or a file is ``damaged``: this process must end without another reply."""
 
     def __init__(self, text: str, *, damaged: bool = False) -> None:

@@ -77,3 +77,8 @@ class ConnectionLost(DfsError):
 
     def __init__(self, text: str) -> None:
         super().__init__(ErrorCode.UNAVAILABLE, text)
+
+
+class ProcessEnds(Exception):
+    """This process is about to end by itself, and answers nobody any more: what was asked may have happened, and will
+    be answered by its next life."""

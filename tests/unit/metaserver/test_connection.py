@@ -9,7 +9,7 @@ import trio
 from metaserver import connection as connections
 from metaserver import transport, wire
 from metaserver.connection import Connection, Incoming, Reply, Result
-from metaserver.errors import ConnectionLost, DfsError, ErrorCode
+from metaserver.errors import ConnectionLost, DfsError, ErrorCode, ProcessEnds
 from metaserver.key import ClusterKey
 from metaserver.wire import Message, Method
 
@@ -35,6 +35,8 @@ class Server:
             raise DfsError(ErrorCode.EXISTS, "there already")
         if text == "bug":
             raise KeyError("bug")
+        if text == "end":
+            raise ProcessEnds("the disk failed")
         if text == "wait":
             return self.wait()
         return Reply(Text(text), [incoming.payload])
@@ -120,6 +122,14 @@ async def test_errors_cross_with_code_and_text_and_bugs_stay_on_their_side() -> 
             await client.call(ECHO, Text("bug"))
         assert caught.value.code is ErrorCode.INTERNAL
         assert (await client.call(ECHO, Text("still"))).message.text == "still"
+
+
+async def test_a_process_that_is_ending_answers_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    """What was asked may have happened: its next life knows. An answer would be believed."""
+    async with a_server() as server, a_client(server) as client:
+        with pytest.raises(ConnectionLost):
+            await client.call(ECHO, Text("end"))
+    assert "Traceback" not in "".join(capsys.readouterr())
 
 
 async def test_cancelling_a_call_cancels_the_handler() -> None:

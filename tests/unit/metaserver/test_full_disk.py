@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -352,3 +353,41 @@ def fill_head(descriptor: int, temporary: Path, path: Path, head: bytes) -> int:
     os.pwrite(descriptor, head, 0)
     os.rename(temporary, path)
     return descriptor
+
+
+class CopyingFiles(Files):
+    """As where blocks are copied when they are written: space that was set aside is none. Half a write succeeds."""
+
+    full = False
+
+    def append(self, descriptor: int, data: bytes, offset: int) -> None:
+        if self.full:
+            os.pwrite(descriptor, data[: len(data) // 2], offset)
+            raise_full()
+        super().append(descriptor, data, offset)
+
+
+async def test_a_record_that_finds_no_space_is_refused_and_leaves_no_trace(tmp_path: Path) -> None:
+    files = CopyingFiles()
+    async with open_committer(tmp_path, files=files, options=OPTIONS) as committer:
+        prepare(committer)
+        create(committer, b"before")
+        for _ in range(3):
+            files.full = True
+            with pytest.raises(DfsError) as caught:
+                create(committer, b"a name that is not taken " * 8)
+            assert caught.value.code is ErrorCode.NO_SPACE
+            files.full = False
+            create(committer, b"after %d" % committer.newest)
+        expected = names(committer)
+        await committer.wait_durable(committer.newest)
+        files.full = True
+        with pytest.raises(DfsError):
+            create(committer, b"the last one, cut off in the middle" * 4)
+        # The log alone has to do, half a record at its end.
+        copy = tmp_path.with_name("copy")
+        shutil.copytree(tmp_path, copy)
+        files.full = False
+    async with open_committer(copy, options=OPTIONS) as committer:
+        assert names(committer) == expected
+        assert len(expected) == 4
