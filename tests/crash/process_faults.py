@@ -1,0 +1,352 @@
+"""Every disk fault on everything a real cluster keeps on its disks, while a verifying load runs on a real mount.
+
+``python process_faults.py ROOT [PATTERN]`` goes through all cells ``structure / fault / when`` (or those that match),
+prints one line for each and a table at the end; exit code 1 if one was bad. ROOT is made and removed. A cell: the load
+runs; the fault is switched on (under a running server, or while one is killed and started again); five seconds later
+it is switched off; the load must go on, and everything that was acknowledged must be read back from a cold mount.
+
+Outcomes: ``masked`` (programs saw nothing, no process ended), ``ENOSPC`` or ``EIO`` (programs were told, nothing else
+happened), ``restarted`` (a server ended with one clear line, was started again by its supervisor, and went on),
+``stopped`` (it said that starting again would not help; it did go on when an operator started it after the fault was
+gone), ``disk given up`` (a chunkserver writes nothing more to that disk until it is restarted), ``not met`` (nothing
+touches that file then). Bad: a wrong or lost byte, EIO for a full disk, a full disk that needs a restart, a call that
+takes longer than it may, an exception that is not explained, anything that does not go on afterwards.
+"""
+
+import errno
+import fnmatch
+import os
+import random
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from faulty_cluster import BackgroundLoad, Ended, FaultyCluster
+from faulty_mount import CHANGES, SHORT, TAKES_SPACE, Fault
+from load_manifest import Directory
+from mount_cluster import wait_until
+
+from chunkserver.chunkfile import PAYLOAD_OFFSET
+
+HOLD_SECONDS = 5.0
+GO_ON_SECONDS = 60.0
+# A write may wait for space, and then the fsync; each 5 s (promise P6), and some more on a loaded machine.
+TOLD_SECONDS = 10.0
+RUNNING, START = "running", "start"
+
+
+class Kind(NamedTuple):
+    """A fault: which calls end how, and whether programs may be told of it as a full disk only."""
+
+    calls: tuple[str, ...]
+    error: str
+    full: bool = False
+
+
+KINDS = {
+    "EIO on read": Kind(("read",), "EIO"),
+    "EIO on write": Kind(("write",), "EIO"),
+    "EIO on fsync": Kind(("fsync",), "EIO"),
+    "ENOSPC": Kind(TAKES_SPACE, "ENOSPC", full=True),
+    "EDQUOT": Kind(TAKES_SPACE, "EDQUOT", full=True),
+    "short write": Kind(("write",), SHORT),
+    "read-only": Kind(CHANGES, "EROFS"),
+}
+WRITTEN = tuple(KINDS)
+READ = ("EIO on read",)
+
+
+class Structure(NamedTuple):
+    """Where it lies, whose it is (the server that is restarted), which faults can meet it, and when. ``everywhere``:
+    all servers that could mask it have it as well."""
+
+    path: str
+    owner: str
+    kinds: tuple[str, ...] = WRITTEN
+    when: tuple[str, ...] = (RUNNING, START)
+    start: int = 0
+    stop: int = 1 << 62
+    everywhere: bool = False
+
+
+# The server that the load's chunk lies on first.
+WRITER = "{server}"
+_CHUNKS = f"{WRITER}/chunks/*"
+_ALL = "|".join(f"chunkserver{number}/chunks/*" for number in (1, 2, 3))
+STRUCTURES = {
+    "LMDB file": Structure("metaserver/data.mdb|metaserver/data.mdb.new", "metaserver"),
+    "changelog": Structure("metaserver/changelog|metaserver/changelog/*", "metaserver"),
+    "snapshot file": Structure("metaserver/snapshots|metaserver/snapshots/*", "metaserver"),
+    "metaserver's configuration": Structure("metaserver.toml", "metaserver", READ, (START,)),
+    "metaserver's identity": Structure("metaserver/identity.json*", "metaserver", READ, (START,)),
+    "key file (metaserver)": Structure("cluster.key*", "metaserver", READ, (START,)),
+    "key file (chunkserver)": Structure("cluster.key*", "chunkserver1", READ, (START,)),
+    "chunk data": Structure(_CHUNKS, WRITER, start=PAYLOAD_OFFSET),
+    "chunk index": Structure(_CHUNKS, WRITER, stop=PAYLOAD_OFFSET),
+    "chunk data, all servers": Structure(_ALL, "", when=(RUNNING,), start=PAYLOAD_OFFSET, everywhere=True),
+    "chunk index, all servers": Structure(_ALL, "", when=(RUNNING,), stop=PAYLOAD_OFFSET, everywhere=True),
+    "chunkserver's configuration": Structure("chunkserver1.toml", "chunkserver1", READ, (START,)),
+    "chunkserver's identity": Structure("chunkserver1/identity*", "chunkserver1"),
+}
+
+
+class Cell(NamedTuple):
+    structure: str
+    kind: str
+    when: str
+
+    def __str__(self) -> str:
+        return " / ".join(self)
+
+    def faults(self, server: str) -> list[Fault]:
+        """Reads and writes within the structure, everything else of its file."""
+        place, kind = STRUCTURES[self.structure], KINDS[self.kind]
+        path = place.path.format(server=server)
+        placed = tuple(call for call in kind.calls if call in ("read", "write"))
+        others = tuple(call for call in kind.calls if call not in placed)
+        return [
+            Fault(placed, path, kind.error, start=place.start, stop=place.stop),
+            Fault(others, path, kind.error),
+        ]
+
+
+def cells(pattern: str = "*") -> Iterator[Cell]:
+    for name, structure in STRUCTURES.items():
+        for when in structure.when:
+            for kind in structure.kinds:
+                cell = Cell(name, kind, when)
+                if fnmatch.fnmatch(str(cell), pattern):
+                    yield cell
+
+
+class Outcome(NamedTuple):
+    """``bad``: what must not be, in words. ``kinds``: see the module."""
+
+    kinds: tuple[str, ...]
+    bad: tuple[str, ...]
+    hits: int
+    said: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(self.kinds)
+
+
+class Trial:
+    """One cell on a cluster that is whole before and afterwards."""
+
+    def __init__(self, cluster: FaultyCluster, cell: Cell, number: int) -> None:
+        self.cluster = cluster
+        self.cell = cell
+        self.structure = STRUCTURES[cell.structure]
+        self.kind = KINDS[cell.kind]
+        self.number = number
+        self.server = ""
+        self.given_up: list[str] = []
+        self.bad: list[str] = []
+
+    def run(self, hold_seconds: float = HOLD_SECONDS) -> Outcome:
+        cluster = self.cluster
+        cluster.ended.clear()
+        marks = cluster.marks()
+        load = BackgroundLoad(
+            cluster.real.mnt / f"cell{self.number}", cluster.real.root / f"manifest{self.number}", self.number
+        )
+        try:
+            self._wait_for(load, 30)
+            self._begin_fault(load)
+            self._hold(hold_seconds)
+            hits = sum(cluster.disk.set())
+            self._recover(load)
+        finally:
+            cluster.disk.set()
+            load.stop()
+        self._verify(load)
+        self._look_at_logs(cluster.log_since(marks))
+        return self._outcome(load, hits)
+
+    def _begin_fault(self, load: BackgroundLoad) -> None:
+        """Everything that is read from now on comes from the disk."""
+        self.server = self._server_of(load)
+        owner = self.structure.owner.format(server=self.server)
+        if self.cell.when == START:
+            self.cluster.kill(owner)
+        self.cluster.disk.set(*self.cell.faults(self.server))
+        self.cluster.disk.drop_caches()
+        if self.cell.when == START:
+            self.cluster.start(owner)
+
+    def _server_of(self, load: BackgroundLoad) -> str:
+        """Where the newest bytes of the load are."""
+        newest = max((load.directory / "journals").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        return self.cluster.real.file(newest).extents[-1].replicas[0].name
+
+    def _hold(self, seconds: float) -> None:
+        """Programs read old files meanwhile: what they get is right, or an error that may be."""
+        end = time.monotonic() + seconds
+        if "identity" in self.cell.structure and self.cell.when == RUNNING:
+            # It is written when the metaserver has begun a new life.
+            self.cluster.kill("metaserver")
+            self.cluster.start("metaserver")
+        reads = self.kind.calls == ("read",) and "chunk" in self.cell.structure and self.cell.when == RUNNING
+        if reads:
+            self._read_old(may_fail=self.structure.everywhere)
+        self.cluster.watch(max(0.0, end - time.monotonic()))
+
+    def _read_old(self, *, may_fail: bool = False) -> None:
+        with self.cluster.cold_mount() as point:
+            for path, content in sorted(old_files().items()):
+                try:
+                    if (point / path).read_bytes() != content:
+                        self.bad.append(f"wrong bytes in {path}")
+                except OSError as error:
+                    if not may_fail:
+                        self.bad.append(f"{path} cannot be read: {error.strerror}")
+
+    def _wait_for(self, load: BackgroundLoad, steps: int) -> None:
+        goal = load.load.steps + steps
+
+        def gone_on() -> bool:
+            self.cluster.supervise()
+            return load.has_gone_on(goal)
+
+        wait_until(gone_on, f"the load goes on ({load.load.errors}, {self.cluster.ended[-3:]})", GO_ON_SECONDS)
+
+    def _recover(self, load: BackgroundLoad) -> None:
+        """The fault is gone. A full disk needs nobody; otherwise an operator restarts what says that it needs it."""
+        self.cluster.wait_ready(operator=not self.kind.full or self.cell.when == START)
+        self.given_up = self.cluster.failed_disks()
+        for name in self.given_up:
+            self.cluster.kill(name)
+            self.cluster.start(name)
+        self.cluster.wait_ready()
+        self._wait_for(load, 10)
+
+    def _verify(self, load: BackgroundLoad) -> None:
+        self._read_old()
+        with self.cluster.cold_mount() as point:
+            self.bad += load.load.broken + load.load.verify(Directory(point / load.directory.name))
+
+    def _look_at_logs(self, logs: dict[str, str]) -> None:
+        for name, text in logs.items():
+            if "Traceback" in text:
+                self.bad.append(f"{name} has logged a traceback")
+        for ended in self.cluster.ended:
+            if not ended.words:
+                self.bad.append(f"{ended.name} ended without a word")
+
+    def _outcome(self, load: BackgroundLoad, hits: int) -> Outcome:
+        ended, errors = self.cluster.ended, load.load.errors
+        if self.kind.full:
+            self._check_full(ended, load)
+        kinds = sorted(name for name in errors if name != "ENOENT")
+        # A fatal signal is the only way a page that cannot be read is heard of.
+        kinds += ["stopped"] if any(one.code in (65, 78) for one in ended) else []
+        kinds += ["restarted"] if any(one.code not in (65, 78) for one in ended) else []
+        kinds += ["disk given up"] if self.given_up else []
+        if not hits:
+            kinds = ["not met", *kinds]
+        said = tuple(dict.fromkeys(f"{one.name} ({one.code}): {one.words}" for one in ended))
+        return Outcome(tuple(kinds) or ("masked",), tuple(self.bad), hits, said)
+
+    def _check_full(self, ended: list[Ended], load: BackgroundLoad) -> None:
+        if self.cell.when == RUNNING and ended:
+            self.bad.append("a full disk has ended a process")
+        if self.given_up:
+            self.bad.append("a full disk was given up")
+        wrong = set(load.load.errors) - {"ENOSPC", "ENOENT"}
+        if wrong:
+            self.bad.append(f"a full disk was told as {sorted(wrong)}")
+        if load.fs.slowest.get(errno.ENOSPC, 0.0) > TOLD_SECONDS:
+            self.bad.append(f"told of a full disk after {load.fs.slowest[errno.ENOSPC]:.1f} s")
+
+
+def old_files() -> dict[str, bytes]:
+    """What is there before every cell: some small files, and one of several blocks."""
+    chance = random.Random(99)
+    return {f"old{number}": chance.randbytes(3000 if number else 600_000) for number in range(12)}
+
+
+def begin(root: Path, options: dict[str, str] | None = None) -> FaultyCluster:
+    cluster = FaultyCluster(root, options=options)
+    try:
+        cluster.begin()
+        for name, content in old_files().items():
+            (cluster.real.mnt / name).write_bytes(content)
+        descriptor = os.open(cluster.real.mnt / "old0", os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    except BaseException:
+        cluster.destroy()
+        raise
+    return cluster
+
+
+class Matrix:
+    """Cells one after another; a cluster that a cell has broken is replaced."""
+
+    def __init__(self, root: Path, say: Callable[[str], None] = print, hold_seconds: float = HOLD_SECONDS) -> None:
+        self.root = root
+        self.hold_seconds = hold_seconds
+        self.say = say
+        self.outcomes: dict[Cell, Outcome] = {}
+        self._cluster: FaultyCluster | None = None
+
+    def run(self, wanted: list[Cell]) -> list[str]:
+        """Every bad outcome, in words."""
+        try:
+            for number, cell in enumerate(wanted):
+                self._run_one(cell, number)
+        finally:
+            self._drop()
+        return [f"{cell}: {text}" for cell, outcome in self.outcomes.items() for text in outcome.bad]
+
+    def _run_one(self, cell: Cell, number: int) -> None:
+        if self._cluster is None:
+            self._cluster = begin(self.root / f"cluster{number}")
+        started = time.monotonic()
+        try:
+            outcome = Trial(self._cluster, cell, number).run(self.hold_seconds)
+        except AssertionError as error:
+            outcome = Outcome(("broken",), (str(error),), 0, tuple(map(str, self._cluster.ended)))
+        self.outcomes[cell] = outcome
+        seconds = time.monotonic() - started
+        self.say(f"{cell!s:60} {outcome!s:30} {outcome.hits:6} hits {seconds:5.1f} s")
+        for line in (*outcome.said, *(f"BAD: {text}" for text in outcome.bad)):
+            self.say(f"    {line}")
+        if outcome.bad:
+            shutil.copytree(self._cluster.disk.backing / "logs", self.root / f"bad{number}")
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._cluster is not None:
+            self._cluster.destroy()
+            self._cluster = None
+
+    def table(self) -> Iterator[str]:
+        """Outcomes by structure and fault, as Markdown."""
+        yield "| structure | when | " + " | ".join(KINDS) + " |"
+        yield "|---" * (2 + len(KINDS)) + "|"
+        rows = dict.fromkeys((cell.structure, cell.when) for cell in self.outcomes)
+        for structure, when in rows:
+            found = [self.outcomes.get(Cell(structure, kind, when)) for kind in KINDS]
+            yield f"| {structure} | {when} | " + " | ".join(str(one) if one else "-" for one in found) + " |"
+
+
+def main(arguments: list[str]) -> int:
+    root = Path(arguments[0]).resolve()
+    root.mkdir(parents=True)
+    matrix = Matrix(root, lambda line: print(line, flush=True))
+    bad = matrix.run(list(cells(arguments[1] if len(arguments) > 1 else "*")))
+    for line in matrix.table():
+        print(line)
+    classes = Counter(str(outcome) for outcome in matrix.outcomes.values())
+    print(f"{len(matrix.outcomes)} cells, {len(bad)} bad: {dict(classes)}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
