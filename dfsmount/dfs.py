@@ -90,6 +90,17 @@ def status(data: Data = "", metaserver: Metaserver = "", key_file: KeyFile = "",
 
 
 @app.command()
+def token(data: Data = "", metaserver: Metaserver = "", key_file: KeyFile = "") -> None:
+    """Print the token of the cluster key.
+
+    It is the password of the status page (any user name), and what the HTTP interfaces want as "Authorization: Bearer
+    TOKEN". Whoever has it can read and change everything: treat it like the key itself.
+    """
+    access = find(data, metaserver, key_file)
+    say(access.key().http_token)
+
+
+@app.command()
 def chunks(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A regular file on a mount.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read the blocks on every server and check them.")] = False,

@@ -3,7 +3,7 @@ const note = document.getElementById("note");
 async function refresh() {
   if (document.hidden) return;
   try {
-    const reply = await fetch(location.href, { cache: "no-store", signal: AbortSignal.timeout(10000) });
+    const reply = await fetch(location.pathname, { cache: "no-store", signal: AbortSignal.timeout(10000) });
     if (!reply.ok) throw new Error(reply.status);
     const page = new DOMParser().parseFromString(await reply.text(), "text/html");
     document.querySelector("main").replaceWith(document.adoptNode(page.querySelector("main")));
