@@ -3,7 +3,8 @@
 Every page that can be reached is looked at: that it is what it should be, that its nodes lie within it, that its keys
 ascend and belong where the pages above say, that no page is used twice or is free at the same time, and that there are
 as many pages and rows as the meta page says. Every row's checksum is compared as well. Reading goes through ``pread``:
-a sector that cannot be read is an error, not a signal. 3 us a row.
+a sector that cannot be read is an error, not a signal. 3 us a row; 1 us a page for pages that are byte for byte what
+they were when they were written (``known.py``), as far as those above them are, too.
 
 The format (LMDB 0.9, 64 bits, little-endian): a page starts with its number u64, padding u16, flags u16, and the ends
 of its pointers and of its free space, both u16 (overflow pages: how many, u32). A pointer says where a node is: u16 low
@@ -14,6 +15,8 @@ the key, the value. The meta pages 0 and 1 have two trees each: free pages by tr
 import os
 import struct
 import time
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +41,9 @@ _NONE = (1 << 64) - 1
 # Deeper than any tree of 4 KiB pages.
 _MAX_DEPTH = 32
 _FREE, _ROWS = 0, 1
+# Read at once where pages are compared with what is known of them.
+_SCAN_PAGES = 256
+_CHILD = struct.Struct("<HHH")
 
 
 class DamagedPage(Exception):
@@ -76,16 +82,57 @@ def read_meta(page: bytes) -> Meta | None:
     return Meta(map_bytes, (trees[0], trees[1]), last_page, transaction)
 
 
-def check_pages(path: Path, seconds: float | None = None) -> bool:
-    """Whether there was time to look at everything; raises :class:`DamagedPage`, or ``OSError`` if it cannot be read.
+class Checked(NamedTuple):
+    """``whole``: there was time to look at everything. ``checksums``: the CRC-32C by page of what was found right, as
+    ``known.py`` keeps it; 0 for all others."""
+
+    whole: bool
+    transaction: int
+    checksums: Sequence[int]
+
+
+def check_pages(path: Path, seconds: float | None = None, known: Sequence[int] = ()) -> Checked:
+    """Raises :class:`DamagedPage`, or ``OSError`` if the file cannot be read. ``known``: see :class:`Checked`.
 
     Nobody may write the file meanwhile.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return _Walk(descriptor, None if seconds is None else time.monotonic() + seconds).run()
+        return _Walk(descriptor, None if seconds is None else time.monotonic() + seconds, known).run()
     finally:
         os.close(descriptor)
+
+
+def read_newest(descriptor: int) -> tuple[Meta, Meta | None]:
+    """The meta page that counts, and the one before it."""
+    pages = (os.pread(descriptor, PAGE_BYTES, number * PAGE_BYTES) for number in (0, 1))
+    metas = sorted((meta for page in pages if (meta := read_meta(page))), key=lambda meta: meta.transaction)
+    if not metas:
+        raise DamagedPage("there is no valid meta page")
+    return metas[-1], metas[0] if len(metas) > 1 else None
+
+
+def children(data: bytes) -> list[int]:
+    """Pages below a branch page that is whole."""
+    count = (_HEADER.unpack_from(data)[3] - HEADER_BYTES) // 2
+    unpack = _CHILD.unpack_from
+    nodes = (unpack(data, pointer) for pointer in struct.unpack_from(f"<{count}H", data, HEADER_BYTES))
+    return [first | second << 16 | third << 32 for first, second, third in nodes]
+
+
+def is_plain_leaf(page: int, data: bytes) -> bool:
+    """Whether this is a leaf page all of whose values lie on it."""
+    own, _, flags, lower, upper = _HEADER.unpack_from(data)
+    if own != page or flags != _LEAF or not HEADER_BYTES <= lower <= upper <= PAGE_BYTES:
+        return False
+    pointers = struct.unpack_from(f"<{(lower - HEADER_BYTES) // 2}H", data, HEADER_BYTES)
+    # The low byte of a node's flags.
+    return max(pointers, default=PAGE_BYTES) < PAGE_BYTES - 4 and not any(data[pointer + 4] for pointer in pointers)
+
+
+def is_branch(page: int, data: bytes) -> bool:
+    own, _, flags, _, _ = _HEADER.unpack_from(data)
+    return bool(own == page and flags == _BRANCH)
 
 
 class _OutOfTime(Exception):
@@ -97,41 +144,83 @@ class _Counts:
         self.branches = self.leaves = self.overflows = self.entries = 0
 
 
+class _Range(NamedTuple):
+    """Where the keys of a page are to be: from ``low`` on and before ``high``, as integers in the tree of free pages.
+    A bound is sure if it comes from a page that is known: then known pages below were looked at beside it before."""
+
+    low: bytes = b""
+    high: bytes | None = None
+    sure_low: bool = True
+    sure_high: bool = True
+
+
 class _Walk:
     """One look at a file. ``_seen`` has a byte for each page: not 0 once somebody has claimed it."""
 
-    def __init__(self, descriptor: int, deadline: float | None) -> None:
+    def __init__(self, descriptor: int, deadline: float | None, known: Sequence[int]) -> None:
         self._descriptor = descriptor
         self._deadline = deadline
+        self._known = known
+        # By page: whether it is what is known of it.
+        self._same = bytearray()
+        self._checksums = array("I")
         self._seen = bytearray()
         self._counts = _Counts()
+        # Leaves that were not looked at row by row.
+        self._skipped = 0
         self._tree = _FREE
         self._free: list[int] = []
 
-    def run(self) -> bool:
-        metas = [meta for number in (0, 1) if (meta := read_meta(self._read(number))) is not None]
-        if not metas:
-            raise DamagedPage("there is no valid meta page")
-        newest = max(metas, key=lambda meta: meta.transaction)
+    def run(self) -> Checked:
+        newest, _ = read_newest(self._descriptor)
         if os.fstat(self._descriptor).st_size < (newest.last_page + 1) * PAGE_BYTES:
             raise DamagedPage("the file is cut off")
-        self._seen = bytearray(newest.last_page + 1)
+        pages = newest.last_page + 1
+        self._seen = bytearray(pages)
         self._seen[0:2] = b"\1\1"
+        self._same = bytearray(pages)
+        self._checksums = array("I", bytes(4 * pages))
+        self._compare(min(pages, len(self._known)))
         try:
             for number in (_FREE, _ROWS):
                 self._check_tree(number, newest.trees[number])
         except _OutOfTime:
-            return False
+            self._keep_unseen()
+            return Checked(False, newest.transaction, self._checksums)
         for page in self._free:
             self._claim(page)
-        return True
+        return Checked(True, newest.transaction, self._checksums)
+
+    def _compare(self, pages: int) -> None:
+        """Finds the pages that are what is known of them, in the order of the file."""
+        known, same = self._known, self._same
+        view = memoryview(bytearray(_SCAN_PAGES * PAGE_BYTES))
+        for first in range(0, pages, _SCAN_PAGES):
+            wanted = [page for page in range(first, min(first + _SCAN_PAGES, pages)) if known[page]]
+            if not wanted:
+                continue
+            try:
+                length = os.preadv(self._descriptor, [view], first * PAGE_BYTES)
+            except OSError:
+                # Whoever needs one of these will find out which of them it is.
+                continue
+            for page in wanted:
+                start = (page - first) * PAGE_BYTES
+                same[page] = start < length and crc32c(view[start : start + PAGE_BYTES]) == known[page]
+
+    def _keep_unseen(self) -> None:
+        for page, same in enumerate(self._same):
+            if same and not self._seen[page]:
+                self._checksums[page] = self._known[page]
 
     def _check_tree(self, number: int, tree: Tree) -> None:
         self._tree, self._counts = number, _Counts()
         if tree.root != _NONE:
-            self._check_page(tree.root, b"", None, 1, tree.depth)
-        counted = (self._counts.branches, self._counts.leaves, self._counts.overflows, self._counts.entries)
-        if counted != (tree.branches, tree.leaves, tree.overflows, tree.entries):
+            self._check_page(tree.root, _Range(), 1, tree.depth)
+        counted = (self._counts.branches, self._counts.leaves, self._counts.overflows)
+        if counted != (tree.branches, tree.leaves, tree.overflows) or (
+            self._counts.entries != tree.entries and not self._skipped
+        ):
             raise DamagedPage(f"tree {number} does not have the pages and rows it should have")
 
     def _read(self, page: int, count: int = 1) -> bytes:
@@ -145,8 +234,7 @@ class _Walk:
             raise DamagedPage(f"page {page} does not exist or is used twice")
         self._seen[page] = 1
 
-    def _check_page(self, page: int, low: bytes, high: bytes | None, depth: int, depths: int) -> None:
-        """A page whose keys are to be from ``low`` on and before ``high``, as integers in the tree of free pages."""
+    def _check_page(self, page: int, keys: _Range, depth: int, depths: int) -> None:
         self._claim(page)
         data = self._read(page)
         own, _, flags, lower, upper = _HEADER.unpack_from(data)
@@ -161,11 +249,14 @@ class _Walk:
             raise DamagedPage(f"page {page} has a node outside")
         if flags == _BRANCH:
             self._counts.branches += 1
-            self._check_branch(page, data, pointers, low, high, depth, depths)
+            self._check_branch(page, data, pointers, keys, depth, depths)
+            plain = True
         else:
             self._counts.leaves += 1
             self._counts.entries += count
-            self._check_leaf(page, data, pointers, low, high)
+            plain = self._check_leaf(page, data, pointers, keys)
+        if plain and self._tree == _ROWS:
+            self._checksums[page] = crc32c(data)
 
     def _key(self, page: int, data: bytes, start: int, length: int) -> bytes:
         """A key that sorts as LMDB sorts it."""
@@ -179,24 +270,43 @@ class _Walk:
         return key
 
     def _check_branch(
-        self, page: int, data: bytes, pointers: tuple[int, ...], low: bytes, high: bytes | None, depth: int, depths: int
+        self, page: int, data: bytes, pointers: tuple[int, ...], keys: _Range, depth: int, depths: int
     ) -> None:
         nodes = []
         for number, pointer in enumerate(pointers):
             first, second, third, length = _NODE.unpack_from(data, pointer)
             # The first key of a branch says nothing.
-            key = self._key(page, data, pointer + _NODE.size, length) if number else low
+            key = self._key(page, data, pointer + _NODE.size, length) if number else keys.low
             nodes.append((key, first | second << 16 | third << 32))
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise _OutOfTime
+        sure = self._tree == _ROWS and bool(self._same[page])
+        last = len(nodes) - 1
         for number, (key, child) in enumerate(nodes):
-            stop = nodes[number + 1][0] if number + 1 < len(nodes) else high
-            if key < low or (stop is not None and key >= stop) or (number and not key):
+            stop = nodes[number + 1][0] if number < last else keys.high
+            if key < keys.low or (stop is not None and key >= stop) or (number and not key):
                 raise DamagedPage(f"page {page} is not in order")
-            self._check_page(child, key, stop, depth + 1, depths)
+            sure_low = sure if number else keys.sure_low
+            sure_high = sure if number < last else keys.sure_high
+            if sure_low and sure_high and depth + 1 == depths and self._is_same(child):
+                self._skip_leaf(child)
+            else:
+                self._check_page(child, _Range(key, stop, sure_low, sure_high), depth + 1, depths)
 
-    def _check_leaf(self, page: int, data: bytes, pointers: tuple[int, ...], low: bytes, high: bytes | None) -> None:
+    def _is_same(self, page: int) -> bool:
+        return page < len(self._same) and bool(self._same[page])
+
+    def _skip_leaf(self, page: int) -> None:
+        """Nothing of it has changed since it was written, nor the bounds of its keys."""
+        self._claim(page)
+        self._checksums[page] = self._known[page]
+        self._counts.leaves += 1
+        self._skipped += 1
+
+    def _check_leaf(self, page: int, data: bytes, pointers: tuple[int, ...], keys: _Range) -> bool:
+        """Whether all its values lie on it."""
         before = None
+        plain = True
         for pointer in pointers:
             first, second, flags, length = _NODE.unpack_from(data, pointer)
             size = first | second << 16
@@ -204,6 +314,7 @@ class _Walk:
             key = self._key(page, data, pointer + _NODE.size, length)
             if flags == _BIG:
                 value = self._overflow(page, data, start, size)
+                plain = False
             elif flags or start + size > PAGE_BYTES:
                 raise DamagedPage(f"page {page} has a node outside")
             else:
@@ -216,17 +327,16 @@ class _Walk:
                     raise DamagedPage(f"the row {key.hex()} has a wrong checksum")
             else:
                 self._take_free(page, value)
-        if self._key_range_broken(page, data, pointers, low, high):
+        if self._key_range_broken(page, data, pointers, keys):
             raise DamagedPage(f"page {page} has keys of another page")
+        return plain
 
-    def _key_range_broken(
-        self, page: int, data: bytes, pointers: tuple[int, ...], low: bytes, high: bytes | None
-    ) -> bool:
+    def _key_range_broken(self, page: int, data: bytes, pointers: tuple[int, ...], keys: _Range) -> bool:
         ends = []
         for pointer in (pointers[0], pointers[-1]):
             length = _NODE.unpack_from(data, pointer)[3]
             ends.append(self._key(page, data, pointer + _NODE.size, length))
-        return ends[0] < low or (high is not None and ends[1] >= high)
+        return ends[0] < keys.low or (keys.high is not None and ends[1] >= keys.high)
 
     def _overflow(self, page: int, data: bytes, start: int, size: int) -> bytes:
         """A value that has pages of its own."""

@@ -15,6 +15,7 @@ import msgspec
 from metaserver.changelog import KeptSegment, epoch_logs, find_firsts, list_segments, segment_name
 from metaserver.files import Files, sync_file
 from metaserver.ids import limit_key, limit_of
+from metaserver.known import known_path
 from metaserver.logrecord import FIRST_RECORD, Position, Record, SegmentHeader
 from metaserver.overlay import Overlay, row_key
 from metaserver.replay import CorruptLog, EpochLog, Replayed, replay
@@ -207,6 +208,7 @@ class _Recovery:
             self._replace_log(segments[-1].header.segment + 1 if segments else 1, position, end)
         store = self.directory / STORE_NAME
         self._clear(store.with_name(store.name + "-lock"))
+        known_path(store).unlink(missing_ok=True)
         if store.exists():
             os.rename(store, store.with_name(store.name + ".damaged"))
         os.rename(self.target, store)

@@ -22,6 +22,7 @@ import msgspec
 from metaserver.changelog import Changelog, KeptSegment, epoch_logs, find_firsts, list_segments, needed_after, trim
 from metaserver.files import Files, is_full
 from metaserver.ids import RANGES, Ids, limit_key, limit_of
+from metaserver.known import Known
 from metaserver.logrecord import SEGMENT_BYTES, Position
 from metaserver.overlay import Overlay, Rows, row_key
 from metaserver.replay import CorruptLog, Replayed, replay
@@ -69,7 +70,8 @@ class Options(msgspec.Struct, frozen=True):
     snapshot_seconds: float = 3600.0
     # A snapshot is also made when so much log is kept, so that neither the disk nor a recovery is overwhelmed.
     snapshot_log_bytes: int = 256 << 20
-    # A start looks through the whole store, but no longer than this: 3 us a row. Mounts give up after 30 s.
+    # A start looks through the whole store, but no longer than this: 3 us a row on pages that are not known (known.py).
+    # Mounts give up after 30 s. None: at everything, for as long as it takes, and nothing is taken for known.
     check_seconds: float | None = 15.0
     # All rows are read again and compared so often, in slices of a millisecond with pauses between.
     verify_seconds: float = 24 * 3600.0
@@ -141,7 +143,8 @@ def _start(directory: Path, files: Files, clock: Callable[[], int], options: Opt
     try:
         with _saying_what_to_do():
             segments = _open_segments(directory, files)
-        store = Store.open(directory / STORE_NAME, options.map_bytes, options.check_seconds)
+        path = directory / STORE_NAME
+        store = Store.open(path, options.map_bytes, options.check_seconds, Known(path))
         return _Start(directory, files, options, lock, store, segments).run(clock, boot_id)
     except BaseException:
         if store is not None:

@@ -26,6 +26,7 @@ import structlog
 from crc32c import crc32c
 
 from metaserver.files import is_full
+from metaserver.known import Known
 from metaserver.overlay import PREFIX, Rows
 from metaserver.pages import PAGE_BYTES, RESIDUE, DamagedPage, check_pages, read_meta
 from metaserver.schema import Table, Total
@@ -81,10 +82,10 @@ def seal_row(key: bytes, value: bytes) -> bytes:
     return value + _CRC.pack(crc32c(value, crc32c(key)))
 
 
-def check_file(path: Path, seconds: float | None = None) -> int:
+def check_file(path: Path, seconds: float | None = None, known: Known | None = None) -> int:
     """Raises :class:`CorruptStore` unless every page and row of the file is what it should be; with ``seconds``, it may
-    stop before it has seen all (0: it only looks at the meta pages). Returns the map size it was last written with, in
-    bytes."""
+    stop before it has seen all (0: it only looks at the meta pages), and need not look at rows of pages that are known.
+    Returns the map size it was last written with, in bytes."""
     try:
         with path.open("rb") as file:
             head = file.read(2 * PAGE_BYTES)
@@ -101,8 +102,8 @@ def check_file(path: Path, seconds: float | None = None) -> int:
         if not needed <= newest.map_bytes <= 1 << 46:
             raise CorruptStore(f"{path} has a damaged meta page")
         # LMDB trusts what it maps: a damaged page would end the process with a signal, or hide rows.
-        if seconds != 0 and not check_pages(path, seconds):
-            log.warning("the store was not looked through at the start: it is too large", path=str(path))
+        if seconds != 0:
+            _look_through(path, seconds, known)
     except DamagedPage as error:
         raise CorruptStore(f"{path}: {error}") from None
     except FileNotFoundError:
@@ -110,6 +111,16 @@ def check_file(path: Path, seconds: float | None = None) -> int:
     except OSError as error:
         raise CorruptStore(f"{path} cannot be read ({error.strerror})") from None
     return newest.map_bytes
+
+
+def _look_through(path: Path, seconds: float | None, known: Known | None) -> None:
+    before = () if known is None else known.read()
+    # Without a limit nothing is taken for granted.
+    checked = check_pages(path, seconds, before if seconds is not None else ())
+    if not checked.whole:
+        log.warning("the store was not looked through at the start: it is too large", path=str(path))
+    if known is not None:
+        known.begin(checked.transaction, checked.checksums, before)
 
 
 def create_store(path: Path) -> None:
@@ -279,18 +290,22 @@ class View(Reader):
 class Store(Reader):
     """An open store: reads of the newest checkpoint, and the writing of the next one."""
 
-    def __init__(self, path: Path, environment: "lmdb.Environment") -> None:
+    def __init__(self, path: Path, environment: "lmdb.Environment", known: Known | None = None) -> None:
         self.path = path
+        self._known = known
         self.environment = environment
         self.damage: list[CorruptStore] = []
         self.views: set[View] = set()
         super().__init__(environment.begin(), self.damage)
 
     @classmethod
-    def open(cls, path: Path, map_bytes: int = MAP_BYTES, check_seconds: float | None = None) -> "Store":
+    def open(
+        cls, path: Path, map_bytes: int = MAP_BYTES, check_seconds: float | None = None, known: Known | None = None
+    ) -> "Store":
         """Opens an existing store after looking through it, normally for so long at most; raises :class:`CorruptStore`
-        or ``OSError``. One process at a time: the caller holds the lock of the data directory."""
-        map_bytes = max(check_file(path, check_seconds), map_bytes)
+        or ``OSError``. One process at a time: the caller holds the lock of the data directory. ``known`` is told what
+        becomes of its pages."""
+        map_bytes = max(check_file(path, check_seconds, known), map_bytes)
         os.truncate(path, max(map_bytes, path.stat().st_size))
         try:
             environment = lmdb.open(
@@ -304,7 +319,7 @@ class Store(Reader):
             )
         except lmdb.Error as error:
             raise CorruptStore(f"{path} cannot be opened ({error})") from error
-        store = cls(path, environment)
+        store = cls(path, environment, known)
         try:
             store.check_entries()
         except BaseException:
@@ -356,6 +371,8 @@ class Store(Reader):
             raise self.damaged(f"{self.path} cannot be written ({error})") from error
         except lmdb.Error as error:
             raise _failure(error, self.path) from error
+        if self._known is not None:
+            self._known.note()
 
     def _write_rows(self, transaction: "lmdb.Transaction[bytes]", rows: Rows) -> None:
         counts = [0] * len(PREFIX)
