@@ -215,7 +215,7 @@ class Committer(Engine):
 
 async def _run_engine(committer: Committer, scope: trio.CancelScope) -> None:
     with scope:
-        chores = (upkeep.keep_snapshots, upkeep.keep_verified)
+        chores = (upkeep.keep_snapshots, upkeep.keep_verified, upkeep.keep_recoverable)
         await committer.run(*(partial(chore, committer) for chore in chores))
 
 

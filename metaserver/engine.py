@@ -5,10 +5,10 @@ belongs to the event loop; worker threads only sync, write what is frozen, and m
 """
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import structlog
 import trio
@@ -40,6 +40,15 @@ class EngineFailed(ProcessEnds):
         self.damaged = damaged
 
 
+class Recovery(NamedTuple):
+    """What was found when snapshot files and old segments were last read back, and when (trio's clock).
+    ``endangered``: the store perhaps cannot be rebuilt."""
+
+    checked_at: float
+    problems: Sequence[str]
+    endangered: bool
+
+
 def is_cancellation(error: BaseException) -> bool:
     """Whether this is trio's cancellation and nothing else."""
     if isinstance(error, BaseExceptionGroup):
@@ -69,6 +78,7 @@ class Engine:
         # New changes are refused with NO_SPACE, those that free something are not.
         self.log_full = False
         self.store_full = False
+        self.recovery: Recovery | None = None
         self.checkpointed = Position(started.epoch, started.newest)
         self.log = started.log
         self.store = started.store

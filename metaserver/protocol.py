@@ -931,6 +931,10 @@ class Status(Json):
     # from snapshot and changelog until a snapshot file can be made.
     metaserver_full: bool = False
     unprotected: bool = False
+    # How long ago old segments of the changelog and snapshot files were read back, -1: not since the start; and what
+    # was wrong with them then. A new snapshot file makes up for it, or it is ``unprotected``.
+    recovery_checked_seconds: float = -1.0
+    recovery_damage: list[str] = []
 
 
 class Draining(Json):

@@ -80,6 +80,7 @@ class StatusReader:
     async def status(self) -> Status:
         total, free = self._members.space(self._config.copies)
         census = await self._census_taken()
+        recovery = self._committer.recovery
         return Status(
             self._cluster_id,
             self._committer.epoch,
@@ -103,7 +104,9 @@ class StatusReader:
             self._tasks.count(TaskKind.SET_COPIES),
             cleaner=self.cleaner(),
             metaserver_full=self._committer.is_full,
-            unprotected=bool(self._committer.log.recycled),
+            unprotected=bool(self._committer.log.recycled) or (recovery is not None and recovery.endangered),
+            recovery_checked_seconds=-1.0 if recovery is None else trio.current_time() - recovery.checked_at,
+            recovery_damage=[] if recovery is None else list(recovery.problems),
         )
 
     def cleaner(self) -> CleanerStatus:

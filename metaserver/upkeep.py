@@ -4,10 +4,11 @@ import structlog
 import trio
 
 from metaserver.check import MAX_PROBLEMS, check_steps
-from metaserver.engine import Engine
+from metaserver.engine import Engine, Recovery
 from metaserver.files import is_full
 from metaserver.protocol import CheckReport, Problem
-from metaserver.snapshot import Snapshot, kept_from, make_snapshot
+from metaserver.rereading import segment_damage, snapshot_damage
+from metaserver.snapshot import Snapshot, kept_from, list_snapshots, make_snapshot
 from metaserver.start import SNAPSHOTS_NAME
 from metaserver.store import CorruptStore, StoreFull, View, ViewExpired
 from metaserver.transaction import ViewTransaction
@@ -16,6 +17,10 @@ log = structlog.get_logger()
 
 # Between snapshot files that were in vain: once there is space, the store is protected again within this.
 LONGEST_PAUSE_SECONDS = 300.0
+# Old segments of the log are read back no faster, for the first time so long after the start: a start has better things
+# to do, and a metaserver that is restarted every day is to do it nevertheless.
+REREAD_BYTES_PER_SECOND = 8 << 20
+FIRST_REREAD_SECONDS = 1800.0
 
 
 async def snapshot(engine: Engine) -> Snapshot:
@@ -109,6 +114,55 @@ async def keep_snapshots(engine: Engine) -> None:
             # Each writes all of the store. On a nearly full disk one may fill it, be in vain, and be wanted again.
             hurried = failed or engine.log.recycled > 0
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS) if hurried else engine.options.checkpoint_seconds
+
+
+async def verify_recovery(engine: Engine) -> list[str]:
+    """Reads snapshot files and old segments of the log back, slowly; what is wrong with them. Then a new snapshot file
+    is made (if there is space), so that what is damaged is not needed any more."""
+    problems = [*await _verify_snapshots(engine), *await _verify_segments(engine)]
+    for problem in problems:
+        log.error("what a recovery would need is damaged", problem=problem)
+    engine.recovery = Recovery(trio.current_time(), problems, bool(problems))
+    if problems:
+        try:
+            await snapshot(engine)
+        except StoreFull:
+            log.error("no space for a snapshot file: until there is, the store perhaps cannot be rebuilt")
+        else:
+            engine.recovery = engine.recovery._replace(endangered=False)
+    return problems
+
+
+async def _verify_snapshots(engine: Engine) -> list[str]:
+    problems = []
+    for path, _ in list_snapshots(engine.directory / SNAPSHOTS_NAME):
+        problem = await engine.run_sync(snapshot_damage, path)
+        if problem and path.exists():
+            problems.append(problem)
+            # It would be kept in the place of an older one that is whole.
+            await engine.run_sync(engine.files.delete, path)
+    return problems
+
+
+async def _verify_segments(engine: Engine) -> list[str]:
+    problems = []
+    kept = tuple(engine.log.kept)
+    for before, segment, following in zip((None, *kept), kept, kept[1:], strict=False):
+        # Not what was dropped, or used again, meanwhile.
+        if segment in engine.log.kept:
+            problem = await engine.run_sync(segment_damage, segment, following, before)
+            if problem and segment in engine.log.kept:
+                problems.append(problem)
+            await trio.sleep(segment.header.size / REREAD_BYTES_PER_SECOND)
+    return problems
+
+
+async def keep_recoverable(engine: Engine) -> None:
+    await trio.sleep(min(FIRST_REREAD_SECONDS, engine.options.verify_seconds))
+    while True:
+        if not await verify_recovery(engine):
+            log.info("snapshot files and changelog verified", segments=len(engine.log.kept))
+        await trio.sleep(engine.options.verify_seconds)
 
 
 async def keep_verified(engine: Engine) -> None:

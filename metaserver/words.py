@@ -113,7 +113,17 @@ def summary_lines(status: Status, http: str) -> list[str]:
         *([f"rebalance   {moving_text(status.rebalance)}"] if status.rebalance and _moves(status.rebalance) else []),
         *([f"at work     {work_text(status)}"] if status.tasks or status.orders else []),
         *([f"cleaner     {cleaner_text(status.cleaner)}"] if cleaner_text(status.cleaner) else []),
+        *([f"changelog   {recovery_text(status)}"] if status.recovery_checked_seconds >= 0 else []),
     ]
+
+
+def recovery_text(status: Status) -> str:
+    """What the last reading of old segments and snapshot files has found."""
+    when = f"read back {seconds_text(status.recovery_checked_seconds)} ago"
+    if not status.recovery_damage:
+        return f"{when}, with the snapshot files: nothing wrong"
+    made_up = "and is needed" if status.unprotected else "a new snapshot file has made up for it"
+    return f"{when}: {'; '.join(status.recovery_damage)}; {made_up}"
 
 
 def repair_text(repair: RepairStatus) -> str:
