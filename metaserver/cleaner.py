@@ -24,6 +24,7 @@ from metaserver.commit import Committer
 from metaserver.config import Config
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.members import Members
+from metaserver.outcomes import DOUBTS
 from metaserver.placement import Candidate
 from metaserver.planning import is_lost, sure
 from metaserver.protocol import (
@@ -35,7 +36,7 @@ from metaserver.protocol import (
     OrderKind,
     OrderResult,
 )
-from metaserver.repair import DOUBTS, Repair
+from metaserver.repair import Repair
 from metaserver.schema import Chunk, Replica
 
 log = structlog.get_logger(__name__)

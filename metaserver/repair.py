@@ -15,15 +15,16 @@ from typing import NamedTuple
 import structlog
 import trio
 
-from metaserver import chunks, reports
+from metaserver import chunks
 from metaserver.clock import LivedClock
 from metaserver.commit import Committer
 from metaserver.config import Config
 from metaserver.errors import ErrorCode
 from metaserver.members import Member, Members
 from metaserver.orders import Orders, Outstanding
+from metaserver.outcomes import BAD_SOURCE, TARGETS_FAULT, USELESS, apply_result, prepare
 from metaserver.planning import Group, Hints, Kind, Step, good_copies, is_lost, plan, plan_shift
-from metaserver.protocol import ChunkState, Order, OrderKind, OrderResult, ReplicaReport, ReplicaState
+from metaserver.protocol import ChunkState, Order, OrderKind, OrderResult, ReplicaReport
 from metaserver.queueing import ChunkQueue
 from metaserver.reports import Finding
 from metaserver.schema import (
@@ -36,7 +37,6 @@ from metaserver.schema import (
     chunk_key,
     parse_by_server_key,
     read_u64,
-    replica_key,
     server_key,
 )
 from metaserver.space import SHORT_GRACE_SECONDS
@@ -52,28 +52,8 @@ SURVEY_CHUNKS = 2000
 WORK_CHUNKS = 256
 # Others have their turn after so many.
 YIELD_EVERY = 50
-# An order that fails like this says that the replica is useless; any other failure is tried again.
-_USELESS = frozenset(
-    {
-        ErrorCode.CHAIN_MISMATCH.name,
-        ErrorCode.WRONG_OFFSET.name,
-        ErrorCode.NO_SUCH_CHUNK.name,
-        ErrorCode.BAD_CHECKSUM.name,
-        ErrorCode.REPLICA_FAILED.name,
-    }
-)
-# The client's reasons to doubt a replica; being out of reach is not one.
-DOUBTS = frozenset({*_USELESS, ErrorCode.IO.name, ErrorCode.DISK_FAILED.name})
 # The writer of a chunk with a damaged replica is asked again to end it.
 RETIRE_SECONDS = 5.0
-# A copy that failed like this says that its source is damaged.
-_BAD_SOURCE = frozenset({*_USELESS, ErrorCode.IO.name})
-# A copy fails like this because of where it goes, not because of where it comes from.
-_TARGETS_FAULT = frozenset({ErrorCode.DISK_FULL.name, ErrorCode.NO_SPACE.name, ErrorCode.EXISTS.name})
-
-# Chunks whose replicas are compared with their rows and copied: FILLING ones once they are made.
-_FINISHED = (ChunkState.SEALED, ChunkState.FILLING)
-
 Urgency = tuple[int, int]
 
 
@@ -240,7 +220,7 @@ class Repair:
             self.compacted(order, server, result)
             self.orders.answered(order, now)
             return
-        self._committer.change(0, 0, lambda tx, _: _apply_result(tx, server, order, result), frees=True)
+        self._committer.change(0, 0, lambda tx, _: apply_result(tx, server, order, result), frees=True)
         self.orders.answered(order, now)
         if result.error:
             self._failed(outstanding, result)
@@ -264,7 +244,7 @@ class Repair:
             self._members.by_id[server].verified.discard(order.chunk)
             if result.error in ("", ErrorCode.NO_SUCH_CHUNK.name):
                 self.strays.discard(order.chunk, server)
-        elif order.kind == OrderKind.VERIFY and (not result.error or result.error in _USELESS):
+        elif order.kind == OrderKind.VERIFY and (not result.error or result.error in USELESS):
             self._trust(order.chunk, server)
             if not result.error and result.replica is not None and not result.replica.sealed:
                 unsealed.add(order.chunk)  # its bytes are right, and perhaps in memory only
@@ -283,16 +263,16 @@ class Repair:
             source=order.source_server, error=result.error, text=result.text,
         )  # fmt: skip
         copy = order.kind == OrderKind.COPY
-        if order.kind in (OrderKind.VERIFY, OrderKind.SEAL) and result.error in _USELESS:
+        if order.kind in (OrderKind.VERIFY, OrderKind.SEAL) and result.error in USELESS:
             return  # That is an answer, after which something else is to be done at once.
         blamed = [server]
-        if copy and result.error in _USELESS:
+        if copy and result.error in USELESS:
             blamed = [order.source_server]
-        elif copy and result.error not in _TARGETS_FAULT:
+        elif copy and result.error not in TARGETS_FAULT:
             # Which end it was cannot be told; both are avoided for this chunk if there are others.
             blamed.append(order.source_server)
         self.orders.failed(order.chunk, blamed, self._clock.seconds, elsewhere=copy and not order.others)
-        if copy and not order.others and result.error in _BAD_SOURCE:
+        if copy and not order.others and result.error in BAD_SOURCE:
             self._doubt_source(order)
 
     def _doubt_source(self, order: Order) -> None:
@@ -424,7 +404,7 @@ class Repair:
             return True
         if not self._may_take(chunk, row, step):
             return False
-        self._committer.change(0, 0, lambda tx, _: _prepare(tx, chunk, row, step), frees=True)
+        self._committer.change(0, 0, lambda tx, _: prepare(tx, chunk, row, step), frees=True)
         order = step.kind.order
         if order is None:
             self.look_at(chunk)
@@ -497,52 +477,3 @@ class Repair:
             elif self.orders.may_try(chunk, now) and self.orders.room_for(server, OrderKind.DELETE):
                 log.info("deleting a replica of an unknown chunk", chunk=f"{chunk:x}", server=server)
                 self._issue(OrderKind.DELETE, chunk, None, Step(Kind.DELETE, server))
-
-
-def _prepare(tx: Transaction, chunk: int, row: Chunk, step: Step) -> None:
-    """The rows that must say so before an order leaves."""
-    value = tx.get(Table.REPLICAS, replica_key(chunk, step.server))
-    if step.kind is Kind.FORGET:
-        chunks.drop_replica(tx, chunk, step.server)
-    elif step.kind.order is OrderKind.COPY and value is None:
-        chunks.add_replica(tx, chunk, step.server, Replica(ReplicaState.COPYING, 0, row.length, row.entries, row.chain))
-    elif step.kind is Kind.KEEP and value is not None:
-        replica = Replica.unpack(value)
-        chunks.move_replica(replica, ReplicaState.UNSURE)
-        chunks.save_replica(tx, chunk, step.server, replica)
-    elif step.kind is Kind.DELETE and value is not None:
-        replica = Replica.unpack(value)
-        if replica.state != ReplicaState.DELETING:
-            chunks.move_replica(replica, ReplicaState.DELETING)
-            chunks.save_replica(tx, chunk, step.server, replica)
-
-
-def _apply_result(tx: Transaction, server: int, order: Order, result: OrderResult) -> None:
-    row = chunks.find(tx, order.chunk)
-    value = tx.get(Table.REPLICAS, replica_key(order.chunk, server))
-    if row is None or value is None:
-        return
-    replica = Replica.unpack(value)
-    if order.kind == OrderKind.DELETE:
-        if result.error in ("", ErrorCode.NO_SUCH_CHUNK.name):
-            chunks.drop_replica(tx, order.chunk, server)
-        return
-    if replica.state == ReplicaState.DELETING or row.state not in _FINISHED:
-        return
-    if not result.error:
-        found = result.replica
-        if order.kind == OrderKind.VERIFY and found is not None and not found.sealed:
-            return  # it may be longer than the chunk, and need not be on the disk: that is the seal's matter
-        right = found is None or (not found.error and reports.matches(row, found.length, found.entries, found.chain))
-        chunks.move_replica(replica, ReplicaState.GOOD if right else ReplicaState.BAD)
-        replica.length, replica.entries, replica.chain = row.length, row.entries, row.chain
-    elif order.kind == OrderKind.COPY and order.replace:
-        return
-    elif order.kind == OrderKind.COPY and result.error != ErrorCode.EXISTS.name:
-        chunks.drop_replica(tx, order.chunk, server)
-        return
-    elif order.kind == OrderKind.COPY or result.error in _USELESS:
-        chunks.move_replica(replica, ReplicaState.BAD)
-    else:
-        return
-    chunks.save_replica(tx, order.chunk, server, replica)

@@ -21,8 +21,9 @@ from metaserver.connection import Connection, Incoming, Reply, Result
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.flushing import Flushing
 from metaserver.members import Members
+from metaserver.outcomes import DOUBTS
 from metaserver.protocol import Entry
-from metaserver.repair import DOUBTS, Repair
+from metaserver.repair import Repair
 from metaserver.resume import Resuming
 from metaserver.schema import Session, Transaction
 from metaserver.sessions import Sessions, SessionState

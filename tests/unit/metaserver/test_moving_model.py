@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_rows import MemoryRows
 
-from metaserver import chunks, repair
+from metaserver import chunks, outcomes
 from metaserver.balancing import Load, improves, is_even, pairs, unevenness
 from metaserver.members import Members
 from metaserver.orders import Orders
@@ -119,7 +119,7 @@ class Cluster:
     def carry_out(self, chunk: int, step: Step) -> bool:
         self.check(chunk, step)
         row = self.row(chunk)
-        repair._prepare(self.tx, chunk, row, step)
+        outcomes.prepare(self.tx, chunk, row, step)
         if step.kind.order is None:
             return True
         order = Order(1, 1, step.kind.order, chunk, LENGTH, 4, 77, source_server=step.source, replace=step.replace)
@@ -134,7 +134,7 @@ class Cluster:
             error = "BAD_CHECKSUM" if chunk in disk else "NO_SUCH_CHUNK"
         if order.kind == OrderKind.VERIFY and not error:
             self.members.by_id[step.server].verified.add(chunk)
-        repair._apply_result(self.tx, step.server, order, OrderResult(1, 1, error))
+        outcomes.apply_result(self.tx, step.server, order, OrderResult(1, 1, error))
         # A copy that fails is tried again, but not all the time.
         return order.kind != OrderKind.COPY or not error
 
