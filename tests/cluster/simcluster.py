@@ -78,7 +78,6 @@ class Cluster:
         self.meta = MetaNode(self.world)
         self.chunks = [ChunkNode(self.world, number, self.meta) for number in range(1, plan.servers + 1)]
         self.clients = [ClientNode(self.world, number) for number in range(1, plan.clients + 1)]
-        self.meta_cuts = 0
         self.lost_servers: list[int] = []
         self.victim = self.random.choice(self.chunks)
         self.world.on_unlink = lambda number, path: check_unlink(self, number, path)
@@ -88,7 +87,7 @@ class Cluster:
         self.programs = [
             Program(
                 f"p{client.number}{number}", client, self.model, Random(programs.random()), trace,
-                lambda: self.meta_cuts, self.excused, plan.pace,
+                lambda: self.meta.cuts, self.excused, plan.pace,
             )
             for client in self.clients
             for number in range(plan.programs)
@@ -159,8 +158,6 @@ class Cluster:
 
     async def cut_power(self, node: SimNode, keep: float) -> None:
         self.thaw(node)
-        if node is self.meta:
-            self.meta_cuts += 1
         await node.cut_power(keep)
 
     async def restart(self, node: SimNode) -> None:
@@ -205,6 +202,7 @@ class Cluster:
             chunk.storage.capacity = chunk.capacity
             chunk.steps_left = chunk.crash_keep = None
         self.meta.failing.clear()
+        self.meta.end_crash()
         for node in self.nodes:
             self.thaw(node)
             await self.restart(node)

@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import trio
 from simcluster import FULL, HARD, Cluster
@@ -11,8 +12,13 @@ from simnodes import META, SimNode
 from chunkserver.chunkfile import chunk_path
 from metaserver.commit import EngineFailed
 from metaserver.errors import DfsError
+from metaserver.overlay import row_key
 from metaserver.protocol import ChunkState
+from metaserver.schema import TIME, Table
 from metaserver.store import StoreFull
+
+# What fills a segment of 32 KiB in half a second.
+LOG_CHANGES, LOG_SECONDS = 20, 0.05
 
 Fault = Callable[[Cluster], Awaitable[None]]
 
@@ -158,8 +164,39 @@ async def meta_full(cluster: Cluster) -> None:
     def begin() -> None:
         cluster.trace.add("FULL meta")
         cluster.meta.failing["create"] = errno.ENOSPC
+        if cluster.meta.crash_soon():
+            cluster.note_trouble(crash)
 
-    await _while(cluster, "metaserver's disk full", _now(begin), _now(cluster.meta.failing.clear), FULL)
+    def end() -> None:
+        cluster.meta.failing.clear()
+        if cluster.meta.end_crash():
+            cluster.end_trouble(crash)
+
+    crash = "metaserver ends at a step"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_fill_log, cluster)
+        await _while(cluster, "metaserver's disk full", _now(begin), _now(end), FULL)
+        nursery.cancel_scope.cancel()
+
+
+async def _fill_log(cluster: Cluster) -> None:
+    """Changes that go on while the disk is full, so many that segments of the log are used again."""
+
+    async def change() -> None:
+        parts = cluster.meta.parts
+        assert parts is not None
+        committer = parts.committer
+        key, row = row_key(Table.COUNTERS, TIME)[1:], committer.read(0, lambda tx: tx.get(Table.COUNTERS, TIME))[0]
+        if row is not None:
+            with suppress(DfsError, EngineFailed):
+                for _ in range(LOG_CHANGES):
+                    committer.change(0, 0, lambda tx, _: tx.put(Table.COUNTERS, key, row), frees=True)
+
+    while True:
+        await trio.sleep(LOG_SECONDS)
+        nursery = cluster.net.nursery_of(META)
+        if nursery is not None and cluster.meta.parts is not None:
+            cluster.net.start_on(META, nursery, change)
 
 
 async def meta_errors(cluster: Cluster) -> None:

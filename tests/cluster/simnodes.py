@@ -14,7 +14,7 @@ import msgspec
 import trio
 from determinism import NODE
 from simdisk import Detached, SimDisk, SimStorage
-from simfiles import SimFiles, Undo, cut_power
+from simfiles import CRASH_STEPS, CRASHES, SimFiles, Unsynced
 from simnet import End, SimNet, over_the_wire
 from simtrace import Trace
 
@@ -243,9 +243,16 @@ class MetaNode(SimNode):
         super().__init__(world, META)
         self.parts: Parts | None = None
         self.boot = 1
-        self._undo: Undo = {}
+        self._unsynced = Unsynced(world.directory)
         self.failing: dict[str, int] = {}
-        self.files = SimFiles(self._undo)
+        self.files = SimFiles(self._unsynced)
+        # The process ends at the so many-th step from now on; with the power of its host if there is a share of
+        # unsynced sectors to keep. Drawn from numbers of its own.
+        self.steps_left: int | None = None
+        self.crash_keep: float | None = None
+        self.cuts = 0
+        self._crashing = False
+        self._crashes = Random(f"{world.directory.name} metaserver")
         random = world.random
         self.options = Options(
             map_bytes=4 << 20,
@@ -257,6 +264,42 @@ class MetaNode(SimNode):
         )
         world.directory.mkdir(parents=True, exist_ok=True)
 
+    def crash_soon(self) -> bool:
+        """Perhaps: in the middle of what a full disk makes it do."""
+        self._crashing = self._crashes.random() < CRASHES
+        if self._crashing:
+            self.steps_left = self._crashes.randint(1, CRASH_STEPS)
+            self.crash_keep = self._crashes.choice((None, 0.0, 0.5))
+        return self._crashing
+
+    def end_crash(self) -> bool:
+        """Whether there was one to come; it comes no more."""
+        crashing, self._crashing, self.steps_left = self._crashing, False, None
+        return crashing
+
+    def _step(self, name: str) -> None:
+        if self.steps_left is None or name.startswith("changelog:"):
+            return
+        self.steps_left -= 1
+        if self.steps_left > 0:
+            return
+        self.steps_left = None
+        self.world.trace.add(f"CRASH {self.name} at {name}, keeping {self.crash_keep}")
+        self.world.trace.counts[f"metaserver crashes at {name}"] += 1
+        self.detach()
+        if self.crash_keep is not None:
+            self.cuts += 1
+        self.world.net.down(self.name, power=self.crash_keep is not None)
+        raise Detached(name)
+
+    def detach(self) -> None:
+        self.files.alive = False
+
+    def _lose_power(self, keep: float) -> None:
+        lost = self._unsynced.cut_power(self.world.random, keep)
+        self.boot += 1
+        self.world.trace.add(f"POWER {self.name} lost {lost} sectors of its log and names")
+
     def _disk_delays(self) -> tuple[float, float]:
         before, after = super()._disk_delays()
         # What a start opens must reach its owner, who closes it.
@@ -264,7 +307,7 @@ class MetaNode(SimNode):
 
     async def main(self) -> None:
         world = self.world
-        self.files = SimFiles(self._undo)
+        self.files = files = SimFiles(self._unsynced, self._step)
         self.files.failing = self.failing
         self.files.ignore_syncs = "meta-sync" in world.sabotage
         try:
@@ -294,6 +337,11 @@ class MetaNode(SimNode):
                     await self.until_killed()
         finally:
             self.parts = None
+            self.world.trace.counts["segments of the log used again"] += files.recycled
+            if self.crash_keep is not None and not files.alive and not self._killed.is_set():
+                self._lose_power(self.crash_keep)
+                self.booted = trio.current_time()
+                self.crash_keep = None
 
     async def _handle(self, end: End) -> None:
         parts = self.parts
@@ -311,12 +359,12 @@ class MetaNode(SimNode):
             client.lost(connection)
 
     async def cut_power(self, keep: float) -> None:
+        self.cuts += 1
         await self.kill(power=True)
-        lost = cut_power(self._undo, self.world.random, keep)
-        self.boot += 1
-        self.world.trace.add(f"POWER {self.name} lost {lost} sectors of its log")
+        self._lose_power(keep)
 
     def remove(self) -> None:
+        self._unsynced.remove()
         shutil.rmtree(self.world.directory, ignore_errors=True)
         with suppress(OSError):  # others of this process are not done
             self.world.directory.parent.rmdir()
