@@ -1,10 +1,12 @@
 """The control plane of a chunkserver: health, metrics, and what chunks it has.
 
-``GET /health`` (no token), ``GET /metrics``, ``GET /chunks?after=ID&count=N``, ``GET /chunks/ID/info``; ``GET /scrub``
+``GET /health`` (no token), ``GET /metrics``, ``GET /chunks?after=ID&count=N``, ``GET /chunks/ID/info``; ``GET`` and
+``PUT /chunks/ID`` (:mod:`chunkserver.http_chunks`); ``GET /scrub``
 (:class:`chunkserver.protocol.ScrubReport`), and ``POST /scrub``, which begins a pass and answers the same. Ids are
 hexadecimal, as in file names.
 """
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from chunkserver import http_chunks
+from chunkserver.chunkfile import PAYLOAD_CAPACITY
 from chunkserver.replica import Replica
 from chunkserver.table import DISK_FAILED, DISK_OK
 from metaserver.errors import DfsError, ErrorCode
@@ -26,8 +30,8 @@ if TYPE_CHECKING:
     from chunkserver.node import Node, Running
 
 PAGE_LIMIT = 1000
-# Nothing here takes a body.
-BODY_LIMIT = 4096
+# A whole chunk; nothing else here takes a body.
+BODY_LIMIT = PAYLOAD_CAPACITY
 
 
 class ChunkInfo(msgspec.Struct):
@@ -123,11 +127,14 @@ def make_app(node: "Node") -> Starlette:
         return json_reply(ChunkPage([info(node.disk.root, replica) for replica in replicas], following))
 
     async def chunk_info(request: Request) -> Response:
-        try:
-            chunk = int(request.path_params["chunk"], 16)
-        except ValueError:
-            raise DfsError(ErrorCode.INVALID, "a chunk id is hexadecimal") from None
-        return json_reply(info(node.disk.root, _running(node).store.table.find(chunk)))
+        return json_reply(info(node.disk.root, _running(node).store.table.find(_chunk(request))))
+
+    async def chunk(request: Request) -> Response:
+        store, number = _running(node).store, _chunk(request)
+        if request.method != "PUT":
+            return await http_chunks.get(store, request, number)
+        http_chunks.check_right(node.key, request, number)
+        return json_reply(info(node.disk.root, await http_chunks.put(store, request, number)), 201)
 
     async def scrub(request: Request) -> Response:
         scrubber = _running(node).scrubber
@@ -139,6 +146,7 @@ def make_app(node: "Node") -> Starlette:
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/chunks", chunks),
+        Route("/chunks/{chunk}", chunk, methods=["GET", "PUT"]),
         Route("/chunks/{chunk}/info", chunk_info),
         Route("/scrub", scrub, methods=["GET", "POST"]),
     ]
@@ -149,6 +157,13 @@ def _running(node: "Node") -> "Running":
     if node.running is None:
         raise DfsError(ErrorCode.UNAVAILABLE, "this server has not joined its cluster yet")
     return node.running
+
+
+def _chunk(request: Request) -> int:
+    text = request.path_params["chunk"]
+    if not re.fullmatch("[0-9A-Fa-f]{1,16}", text) or not int(text, 16):
+        raise DfsError(ErrorCode.INVALID, "a chunk id is hexadecimal, of up to 16 digits")
+    return int(text, 16)
 
 
 def _number(request: Request, name: str, default: str, base: int) -> int:

@@ -35,10 +35,10 @@ from dfsmount.gateway_http import (
     on_error,
 )
 from dfsmount.gateway_paths import Place
-from dfsmount.gateway_ranges import Span, Verdict, Version, http_date, judge, wanted
 from dfsmount.gateway_tree import NANOSECONDS, Node, Opened, Tree
 from dfsmount.gateway_uploads import Upload, Uploaded, Uploads
 from metaserver.errors import DfsError, ErrorCode
+from metaserver.httpranges import Span, Verdict, Version, http_date, judge, wanted
 from metaserver.httpserver import json_reply
 from metaserver.protocol import Attributes, DirectoryEntry, Extent
 

@@ -20,9 +20,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dfsmount.gateway_ranges import Span
 from dfsmount.gateway_tree import Opened, Tree
 from metaserver.errors import DfsError, ErrorCode
+from metaserver.httpranges import Span
 from metaserver.httpserver import json_reply
 
 log = structlog.get_logger(__name__)

@@ -16,9 +16,9 @@ import msgspec
 from dfsmount.assembly import Client
 from dfsmount.filestate import FileState
 from dfsmount.gateway_paths import Place, is_hidden, link_parts
-from dfsmount.gateway_ranges import Version
 from dfsmount.vfs_names import Caller
 from metaserver.errors import DfsError, ErrorCode
+from metaserver.httpranges import Version
 from metaserver.protocol import PAGE_ENTRIES, Attributes, DirectoryEntry, FileMap
 
 # As Linux has it.

@@ -23,9 +23,9 @@ import structlog
 import trio
 
 from dfsmount.gateway_paths import HIDDEN
-from dfsmount.gateway_ranges import Version
 from dfsmount.gateway_tree import Node, Tree, version_of
 from metaserver.errors import DfsError, ErrorCode
+from metaserver.httpranges import Version
 from metaserver.protocol import DirectoryEntry, RenameFlags, SetAttributes
 
 log = structlog.get_logger(__name__)

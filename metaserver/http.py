@@ -167,6 +167,7 @@ def make_app(
         Route("/v1/servers/{server}/report", report, methods=["POST"]),
         Route("/v1/servers/{server}/heartbeat", heartbeat, methods=["POST"]),
         Route("/v1/status", show_status),
+        Route("/status.json", show_status),
         Route("/v1/chunks/{ino}", show_file),
         Route("/v1/files/{ino}", show_file),
         Route("/v1/check", show_check),

@@ -51,6 +51,7 @@ _STATUS = {
     ErrorCode.INVALID: 400,
     ErrorCode.PROTOCOL: 400,
     ErrorCode.BAD_KEY: 401,
+    ErrorCode.NOT_PERMITTED: 403,
     ErrorCode.NOT_SUPPORTED: 405,
     ErrorCode.ARGUMENT_TOO_BIG: 413,
     ErrorCode.INTERNAL: 500,

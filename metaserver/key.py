@@ -58,6 +58,13 @@ class ClusterKey:
         """The bearer token of the control plane."""
         return hmac.digest(self._secret, b"dfs http token", hashlib.sha256).hex()
 
+    def write_right(self, chunk: int) -> str:
+        """Whoever shows this may write that chunk over HTTP; who knows only the token cannot make it."""
+        return hmac.digest(self._secret, b"dfs chunk write\0%d" % chunk, hashlib.sha256).hex()
+
+    def accepts_write_right(self, right: str, chunk: int) -> bool:
+        return hmac.compare_digest(right.encode(), self.write_right(chunk).encode())
+
 
 def load_key(path: Path) -> ClusterKey:
     """Reads a key file; raises :class:`KeyFileError` with one line that says what to do."""

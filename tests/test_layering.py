@@ -23,6 +23,7 @@ METASERVER_PUBLISHED = {
         "connection",
         "protocol",
         "client",
+        "httpranges",
         "httpserver",
         "logs",
         "settings",

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dfsmount.gateway_ranges import MAX_RANGES, Span, Verdict, Version, http_date, judge, wanted
+from metaserver.httpranges import MAX_RANGES, Span, Verdict, Version, http_date, judge, wanted
 
 V = Version('"a-1"', 1_000_000_000)
 DATE, EARLIER, LATER = (http_date(1_000_000_000 + seconds) for seconds in (0, -5, 5))
