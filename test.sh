@@ -8,7 +8,9 @@ cd "$(dirname "$(readlink -f "$0")")"
 source scripts/setup.sh
 
 # What the tests call; systemd for systemd-analyze.
-TEST_PACKAGES=(acl attr curl fio git procps rsync sqlite3 systemd tar)
+TEST_PACKAGES=(
+    acl attr curl e2fsprogs ed fio git inotify-tools make patch procps rsync sqlite3 systemd tar unzip vim-tiny zip
+)
 
 become_root "$@"
 system_setup "${TEST_PACKAGES[@]}"
