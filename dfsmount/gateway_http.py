@@ -228,6 +228,8 @@ def check_upload(request: Request, limit: int) -> None:
     length = headers.get("content-length")
     if length is None and "transfer-encoding" not in headers:
         raise Refusal(411, "LENGTH_REQUIRED", "an upload needs a Content-Length (0 for an empty file)")
+    if headers.get("expect", "100-continue").lower() != "100-continue":
+        raise Refusal(417, "NOT_SUPPORTED", "nothing but 100-continue can be expected here")
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise Refusal(415, "NOT_SUPPORTED", "upload contents as they are, without Content-Encoding")
     if "content-range" in headers:

@@ -36,6 +36,7 @@ _MEANINGS = {
     413: "More than this gateway takes",
     415: "Neither a filename nor a form; or a Content-Encoding",
     416: "None of the ranges exists; Content-Range says how long the file is",
+    417: "Expect with something else than 100-continue",
     500: "The gateway met an unexpected condition",
     503: "The cluster cannot be reached: try again later",
     504: "The cluster did not answer in time",
@@ -83,7 +84,7 @@ _CONTENTS: Json = {
     "304": {"description": "Not modified"},
 }
 _READ_FAILURES = (412, 416)
-_STORE_FAILURES = (405, 408, 409, 411, 412, 413, 415, 507)
+_STORE_FAILURES = (405, 408, 409, 411, 412, 413, 415, 417, 507)
 _MISSING_TOKEN: list[Json] = [{}]
 
 _SCHEMAS: Json = {

@@ -237,6 +237,7 @@ def test_what_is_the_gateways_own_is_nobodys(gateway: Gateway, servers: Mountles
         (["-X", "POST", "-d", "x"], 405),
         (["-X", "PUT", "-d", "x", "-H", "Content-Encoding: gzip"], 415),
         (["-X", "PUT", "-d", "x", "-H", "Content-Range: bytes 0-0/5"], 400),
+        (["-X", "PUT", "-d", "x", "-H", "Expect: miracles"], 417),
         (["-X", "PUT", "-d", "x", "-H", "Origin: http://evil.example"], 403),
         (["-X", "DELETE", "-d", "x"], 400),
     ],

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import distributions
 from pathlib import Path
@@ -16,7 +17,7 @@ import dfsmount.config
 import metaserver.config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-UNITS = {"metaserver.service": 2.0, "chunkserver@.service": 2.0, "dfsmount@.service": 4.5}
+UNITS = {"metaserver.service": 2.0, "chunkserver@.service": 2.0, "dfsmount@.service": 4.5, "dfs-gateway@.service": 2.0}
 SCRIPTS = ("quickstart.sh", "test.sh", ".ci/run", "scripts/setup.sh")
 
 
@@ -30,7 +31,7 @@ def run(*command: str, **options: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def units(tmp_path: Path) -> Path:
     """The units with programs that exist here in place of /opt/dfs/.venv/bin."""
-    for program in ("metaserver", "chunkserver", "dfsmount"):
+    for program in ("metaserver", "chunkserver", "dfsmount", "dfs"):
         (tmp_path / program).write_text("#!/bin/sh\n")
         (tmp_path / program).chmod(0o755)
     for name in UNITS:
@@ -99,6 +100,16 @@ def test_the_example_of_a_mount_is_understood() -> None:
     options = dfsmount.config.parse_options([values["OPTIONS"]])
     assert options.allow_other
     assert options.key_file == Path("/etc/dfs/cluster.key")
+
+
+def test_the_example_of_a_gateway_is_understood() -> None:
+    lines = (ROOT / "systemd/gateway.conf").read_text().splitlines()
+    values = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    unit = (ROOT / "systemd/dfs-gateway@.service").read_text()
+    assert set(re.findall(r"\$\{?([A-Z_]+)\}?", unit)) == set(values)
+    done = run(sys.executable, "-m", "dfsmount.dfs", "gateway", "--help", cwd=str(ROOT))
+    for option in re.findall(r"--[a-z-]+", values["OPTIONS"] + unit.partition("ExecStart=")[2].partition("\n")[0]):
+        assert option in done.stdout
 
 
 # -- scripts -------------------------------------------------------------------------------------------------------
