@@ -120,6 +120,49 @@ def acting_as(user: tuple[int, int, tuple[int, ...]]) -> Iterator[None]:
         os.setgroups(())
 
 
+def _write(path: str, data: bytes, flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | flags)
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
+
+
+def _lengthen(path: str, name: str) -> None:
+    """Setting what is set already leaves ctime alone on ext4, not on XFS."""
+    before = os.getxattr(path, name) if name in os.listxattr(path) else b""
+    os.setxattr(path, name, before + b"v")
+
+
+# Of which the model asks whose mtime and ctime they move: of the first path, of its directory, of the second's.
+ACTS: dict[str, Callable[[str, str], object]] = {
+    "chmod": lambda path, _: os.chmod(path, 0o750),
+    "chmod to the same": lambda path, _: os.chmod(path, stat.S_IMODE(os.stat(path).st_mode)),
+    "chown": lambda path, _: os.chown(path, -1, 2000),
+    "chown to nobody": lambda path, _: os.chown(path, -1, -1),
+    "truncate": lambda path, _: os.truncate(path, 77),
+    "truncate to the same": lambda path, _: os.truncate(path, os.stat(path).st_size),
+    "write": lambda path, _: _write(path, b"moved"),
+    "write nothing": lambda path, _: _write(path, b""),
+    "open with O_TRUNC": lambda path, _: _write(path, b"", os.O_TRUNC),
+    "append": lambda path, _: _write(path, b"more", os.O_APPEND),
+    "read": lambda path, _: Path(path).read_bytes(),
+    "list": lambda path, _: os.listdir(path),
+    "create": lambda _, second: os.close(os.open(second, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)),
+    "mkdir": lambda _, second: os.mkdir(second),
+    "rmdir": lambda _, second: os.rmdir(second),
+    "symlink": lambda _, second: os.symlink("there", second),
+    "mkfifo": lambda _, second: os.mkfifo(second),
+    "link": os.link,
+    "unlink": lambda _, second: os.unlink(second),
+    "rename": os.rename,
+    "setxattr": lambda path, _: _lengthen(path, "user.m"),
+    "removexattr": lambda path, _: os.removexattr(path, "user.m"),
+    "utime": lambda path, _: os.utime(path),
+    "mtime": lambda path, _: os.utime(path, ns=(5, 7)),
+}
+
+
 class Side:
     """One of the two directories, and the descriptors open there."""
 
@@ -362,6 +405,26 @@ class Twins(RuleBasedStateMachine):
             return kept, is_now, found.st_mtime_ns == 2000 * 10**9 + 7
 
         self.both(touch)
+
+    @rule(path=PATHS, second=PATHS, act=st.sampled_from(sorted(ACTS)))
+    def times_that_move(self, path: str, second: str, act: str) -> None:
+        def watch(side: Side) -> object:
+            seen = [path, os.path.dirname(path) or ".", os.path.dirname(second) or "."]
+            before = [os.stat(name) for name in seen]
+            try:
+                ACTS[act](path, second)
+            except OSError as error:
+                done = errno.errorcode[error.errno or 0]
+            else:
+                done = "done"
+            after = [os.stat(name) if os.path.exists(name) else old for name, old in zip(seen, before, strict=True)]
+            pairs = [
+                (new.st_mtime_ns != old.st_mtime_ns, new.st_ctime_ns != old.st_ctime_ns)
+                for old, new in zip(before, after, strict=True)
+            ]
+            return done, pairs
+
+        self.both(watch)
 
     # -- extended attributes and ACLs --------------------------------------------------------------------------
 
