@@ -293,12 +293,12 @@ class Engine:
                 await self.run_sync(self._write, frozen.rows)
                 break
             except MapFull:
-                await self._grow()
-                log.info("store grown", **self.store.sizes())
+                if await self._grow():
+                    log.info("store grown", **self.store.sizes())
+                else:
+                    await self._wait_for_space()
             except StoreFull:
-                self._set_full("store_full", True)
-                await self._spend_reserve()
-                await trio.sleep(self.options.retry_seconds)
+                await self._wait_for_space()
             except Exception as error:
                 raise self.fail(error) from error
         self.store.renew()
@@ -308,11 +308,21 @@ class Engine:
         # The store may have grown into what is set aside.
         self._rotated.set()
 
-    async def _grow(self) -> None:
+    async def _wait_for_space(self) -> None:
+        """Refuses what takes space, and waits a moment for some."""
+        self._set_full("store_full", True)
+        await self._spend_reserve()
+        await trio.sleep(self.options.retry_seconds)
+
+    async def _grow(self) -> bool:
+        """Doubles the store's map; False if the disk is too full for that."""
         async with self.map_lock:
             try:
                 self.store.grow()
+                return True
             except Exception as error:
+                if isinstance(error, OSError) and is_full(error):
+                    return False
                 text = f"the store's map cannot grow: {error}; is the address space or the size of files limited?"
                 raise self.fail(OSError(text)) from error
 

@@ -410,13 +410,13 @@ class Store(Reader):
         transaction.put(key, seal_row(key, total.pack()))
 
     def grow(self) -> None:
-        """Doubles the map. Views expire; no write, copy or scan may be under way. Raises ``MemoryError`` or ``OSError``
-        if there is no address space for it."""
+        """Doubles the map. Views expire; no write, copy or scan may be under way. Raises ``OSError`` with nothing
+        changed if the file cannot become so long, ``MemoryError`` if there is no address space for it."""
+        map_bytes = 2 * self.environment.info()["map_size"]
+        os.truncate(self.path, map_bytes)
         for view in tuple(self.views):
             view.expire()
         self._transaction.abort()
-        map_bytes = 2 * self.environment.info()["map_size"]
-        os.truncate(self.path, map_bytes)
         self.environment.set_mapsize(map_bytes)
         self._transaction = self.environment.begin()
 

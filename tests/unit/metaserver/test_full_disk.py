@@ -391,3 +391,33 @@ async def test_a_record_that_finds_no_space_is_refused_and_leaves_no_trace(tmp_p
     async with open_committer(copy, options=OPTIONS) as committer:
         assert names(committer) == expected
         assert len(expected) == 4
+
+
+async def test_a_map_that_finds_no_space_to_grow_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truncate, tried = os.truncate, []
+    full = True
+
+    def refuse(path: Path, length: int) -> None:
+        tried.append(length)
+        if full:
+            raise_full()
+        truncate(path, length)
+
+    options = replace(OPTIONS, map_bytes=1 << 17, store_reserve_bytes=0)
+    async with open_committer(tmp_path, options=options) as committer:
+        prepare(committer)
+        monkeypatch.setattr(os, "truncate", refuse)
+        made = 0
+        with pytest.raises(DfsError) as caught, trio.fail_after(30):
+            while True:
+                create(committer, b"%d" % made)
+                made += 1
+                await trio.sleep(0.001)
+        assert caught.value.code is ErrorCode.NO_SPACE
+        assert tried
+        assert len(names(committer)) == made, "everything can still be read"
+        full = False
+        await until(lambda: not committer.is_full)
+        create(committer, b"after")
+    async with open_committer(tmp_path, options=options) as committer:
+        assert len(names(committer)) == made + 1
