@@ -1,9 +1,9 @@
 """Every disk fault on everything a real cluster keeps on its disks, while a verifying load runs on a real mount.
 
-``python process_faults.py ROOT [PATTERN]`` goes through all cells ``structure / fault / when`` (or those that match),
+``python process_faults.py ROOT [PATTERN ...]`` goes through all cells ``structure / fault / when`` or those that match,
 prints one line for each and a table at the end; exit code 1 if one was bad. ROOT is made and removed. A cell: the load
-runs; the fault is switched on (under a running server, or while one is killed and started again); five seconds later
-it is switched off; the load must go on, and everything that was acknowledged must be read back from a cold mount.
+runs; the fault is switched on (under a running server, or while one is killed and started again); seconds later it
+is switched off; the load must go on, and everything that was acknowledged must be read back from a cold mount.
 
 Outcomes: ``masked`` (programs saw nothing, no process ended), ``ENOSPC`` or ``EIO`` (programs were told, nothing else
 happened), ``restarted`` (a server ended with one clear line, was started again by its supervisor, and went on),
@@ -32,7 +32,7 @@ from mount_cluster import wait_until
 
 from chunkserver.chunkfile import PAYLOAD_OFFSET
 
-HOLD_SECONDS = 5.0
+HOLD_SECONDS = 4.0
 GO_ON_SECONDS = 60.0
 # A write may wait for space, and then the fsync; each 5 s (promise P6), and some more on a loaded machine.
 TOLD_SECONDS = 10.0
@@ -114,12 +114,13 @@ class Cell(NamedTuple):
         ]
 
 
-def cells(pattern: str = "*") -> Iterator[Cell]:
+def cells(*patterns: str) -> Iterator[Cell]:
+    """All, or those that match one of the patterns."""
     for name, structure in STRUCTURES.items():
         for when in structure.when:
             for kind in structure.kinds:
                 cell = Cell(name, kind, when)
-                if fnmatch.fnmatch(str(cell), pattern):
+                if not patterns or any(fnmatch.fnmatch(str(cell), pattern) for pattern in patterns):
                     yield cell
 
 
@@ -156,7 +157,7 @@ class Trial:
             cluster.real.mnt / f"cell{self.number}", cluster.real.root / f"manifest{self.number}", self.number
         )
         try:
-            self._wait_for(load, 30)
+            self._wait_for(load, 15)
             self._begin_fault(load)
             self._hold(hold_seconds)
             hits = sum(cluster.disk.set())
@@ -181,8 +182,12 @@ class Trial:
 
     def _server_of(self, load: BackgroundLoad) -> str:
         """Where the newest bytes of the load are."""
-        newest = max((load.directory / "journals").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        return self.cluster.real.file(newest).extents[-1].replicas[0].name
+        for path in sorted(load.directory.rglob("*"), key=lambda path: -path.lstat().st_mtime_ns):
+            if path.is_file():
+                extents = self.cluster.real.file(path).extents
+                if extents and extents[-1].replicas:
+                    return extents[-1].replicas[0].name
+        raise AssertionError("the load has written nothing")
 
     def _hold(self, seconds: float) -> None:
         """Programs read old files meanwhile: what they get is right, or an error that may be."""
@@ -193,18 +198,18 @@ class Trial:
             self.cluster.start("metaserver")
         reads = self.kind.calls == ("read",) and "chunk" in self.cell.structure and self.cell.when == RUNNING
         if reads:
-            self._read_old(may_fail=self.structure.everywhere)
+            with self.cluster.cold_mount() as point:
+                self._read_old(point, may_fail=self.structure.everywhere)
         self.cluster.watch(max(0.0, end - time.monotonic()))
 
-    def _read_old(self, *, may_fail: bool = False) -> None:
-        with self.cluster.cold_mount() as point:
-            for path, content in sorted(old_files().items()):
-                try:
-                    if (point / path).read_bytes() != content:
-                        self.bad.append(f"wrong bytes in {path}")
-                except OSError as error:
-                    if not may_fail:
-                        self.bad.append(f"{path} cannot be read: {error.strerror}")
+    def _read_old(self, point: Path, *, may_fail: bool = False) -> None:
+        for path, content in sorted(old_files().items()):
+            try:
+                if (point / path).read_bytes() != content:
+                    self.bad.append(f"wrong bytes in {path}")
+            except OSError as error:
+                if not may_fail:
+                    self.bad.append(f"{path} cannot be read: {error.strerror}")
 
     def _wait_for(self, load: BackgroundLoad, steps: int) -> None:
         goal = load.load.steps + steps
@@ -226,8 +231,8 @@ class Trial:
         self._wait_for(load, 10)
 
     def _verify(self, load: BackgroundLoad) -> None:
-        self._read_old()
         with self.cluster.cold_mount() as point:
+            self._read_old(point)
             self.bad += load.load.broken + load.load.verify(Directory(point / load.directory.name))
 
     def _look_at_logs(self, logs: dict[str, str]) -> None:
@@ -310,7 +315,7 @@ class Matrix:
         started = time.monotonic()
         try:
             outcome = Trial(self._cluster, cell, number).run(self.hold_seconds)
-        except AssertionError as error:
+        except (AssertionError, OSError) as error:
             outcome = Outcome(("broken",), (str(error),), 0, tuple(map(str, self._cluster.ended)))
         self.outcomes[cell] = outcome
         seconds = time.monotonic() - started
@@ -340,7 +345,7 @@ def main(arguments: list[str]) -> int:
     root = Path(arguments[0]).resolve()
     root.mkdir(parents=True)
     matrix = Matrix(root, lambda line: print(line, flush=True))
-    bad = matrix.run(list(cells(arguments[1] if len(arguments) > 1 else "*")))
+    bad = matrix.run(list(cells(*arguments[1:])))
     for line in matrix.table():
         print(line)
     classes = Counter(str(outcome) for outcome in matrix.outcomes.values())
