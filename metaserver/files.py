@@ -12,6 +12,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 # What the disk says when it is full, or the user's share of it.
@@ -80,9 +81,12 @@ class Files:
             self.rename(temporary, path)
             self.step("segment:before-directory-sync")
             self.sync_directory(path.parent)
-        except BaseException:
+        except BaseException as error:
             os.close(descriptor)
-            self._remove(temporary)
+            with suppress(OSError):  # it has failed already, and the next start removes what is left
+                self._remove(temporary)
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, str(path)) from error
             raise
         return descriptor
 
