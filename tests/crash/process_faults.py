@@ -181,13 +181,10 @@ class Trial:
             self.cluster.start(owner)
 
     def _server_of(self, load: BackgroundLoad) -> str:
-        """Where the newest bytes of the load are."""
-        for path in sorted(load.directory.rglob("*"), key=lambda path: -path.lstat().st_mtime_ns):
-            if path.is_file():
-                extents = self.cluster.real.file(path).extents
-                if extents and extents[-1].replicas:
-                    return extents[-1].replicas[0].name
-        raise AssertionError("the load has written nothing")
+        """Where the newest bytes of the load are: this mount writes one chunk at a time."""
+        probe = load.directory / "probe"
+        put(probe, b"probe")
+        return self.cluster.real.file(probe).extents[-1].replicas[0].name
 
     def _hold(self, seconds: float) -> None:
         """Programs read old files meanwhile: what they get is right, or an error that may be."""
@@ -200,6 +197,10 @@ class Trial:
         if reads:
             with self.cluster.cold_mount() as point:
                 self._read_old(point, may_fail=self.structure.everywhere)
+        if self.cell.when == START:
+            # However long a start takes on this machine: until the fault was met, or there is nothing to meet it.
+            wait_until(lambda: self.cluster.is_ready() or sum(self.cluster.disk.hits()) > 0, "it starts", 30)
+            end = time.monotonic() + seconds / 2
         self.cluster.watch(max(0.0, end - time.monotonic()))
 
     def _read_old(self, point: Path, *, may_fail: bool = False) -> None:
@@ -275,15 +276,19 @@ def old_files() -> dict[str, bytes]:
     return {f"old{number}": chance.randbytes(3000 if number else 600_000) for number in range(12)}
 
 
+def put(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def begin(root: Path, options: dict[str, str] | None = None) -> FaultyCluster:
     cluster = FaultyCluster(root, options=options)
     try:
         cluster.begin()
         for name, content in old_files().items():
-            (cluster.real.mnt / name).write_bytes(content)
-        descriptor = os.open(cluster.real.mnt / "old0", os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+            put(cluster.real.mnt / name, content)
     except BaseException:
         cluster.destroy()
         raise
@@ -293,8 +298,15 @@ def begin(root: Path, options: dict[str, str] | None = None) -> FaultyCluster:
 class Matrix:
     """Cells one after another; a cluster that a cell has broken is replaced."""
 
-    def __init__(self, root: Path, say: Callable[[str], None] = print, hold_seconds: float = HOLD_SECONDS) -> None:
+    def __init__(
+        self,
+        root: Path,
+        say: Callable[[str], None] = print,
+        hold_seconds: float = HOLD_SECONDS,
+        options: dict[str, str] | None = None,
+    ) -> None:
         self.root = root
+        self.options = options
         self.hold_seconds = hold_seconds
         self.say = say
         self.outcomes: dict[Cell, Outcome] = {}
@@ -311,7 +323,7 @@ class Matrix:
 
     def _run_one(self, cell: Cell, number: int) -> None:
         if self._cluster is None:
-            self._cluster = begin(self.root / f"cluster{number}")
+            self._cluster = begin(self.root / f"cluster{number}", self.options)
         started = time.monotonic()
         try:
             outcome = Trial(self._cluster, cell, number).run(self.hold_seconds)
