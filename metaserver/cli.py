@@ -32,7 +32,7 @@ from metaserver.rebuild import RebuildReport
 from metaserver.replay import CorruptLog
 from metaserver.serve import StartError, serve_until_signal
 from metaserver.start import DirectoryBusy
-from metaserver.store import CorruptStore
+from metaserver.store import CorruptStore, StoreFull
 from metaserver.survey import SurveyError
 from metaserver.version import VERSION
 
@@ -45,6 +45,7 @@ EXPECTED = (
     DirectoryBusy,
     CorruptStore,
     CorruptLog,
+    StoreFull,
     EngineFailed,
     SurveyError,
     DfsError,

@@ -67,6 +67,9 @@ class MapFull(Exception):
 class StoreFull(Exception):
     """The transaction was aborted because the disk is full: nothing changed; write again later."""
 
+    def __init__(self, text: str = "the metaserver's disk is full: make some space") -> None:
+        super().__init__(text)
+
 
 class ViewExpired(Exception):
     """The map was moved: what this view showed can be seen again in a new one."""

@@ -18,6 +18,7 @@ from metaserver import cli, identity
 from metaserver.config import Config, ConfigError, load, parse_address, with_flags
 from metaserver.identity import DataDirectoryError
 from metaserver.serve import StartError, serve
+from metaserver.store import Store, StoreFull
 
 ANYWHERE = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0")
 
@@ -257,3 +258,14 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(DataDirectoryError, match="Permission denied"):
         identity.open_directory(tmp_path)
+
+
+def test_a_start_on_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise StoreFull
+
+    monkeypatch.setattr(Store, "write", refuse)
+    done = CliRunner().invoke(cli.app, ["--data", str(tmp_path / "data"), *ANYWHERE])
+    assert done.exit_code == 1
+    assert "Traceback" not in done.output
+    assert "the metaserver's disk is full: make some space" in done.output
