@@ -95,8 +95,7 @@ async def open_client(
         open_pool(key, meta.cluster_id, session=meta.session) as pool,
     ):
         writer = Writer(meta, pool, _writer_options(host, options))
-        # The kernel asks a second time for what its read-ahead could not get.
-        reader = Reader(meta, pool, _block_cache(options), ReaderOptions(options.timeout / 2))
+        reader = Reader(meta, pool, _block_cache(options), ReaderOptions(options.timeout))
         made.append(Client(meta, writer, reader, make_kernel(meta.root.ino), options))
         yield made[0]
 

@@ -138,6 +138,14 @@ class HandleTable:
         self._directories[self._last] = handle
         return self._last
 
+    def inode_of(self, number: int) -> int:
+        """0: there is no such handle."""
+        file = self._files.get(number)
+        if file is not None:
+            return file.file.ino
+        directory = self._directories.get(number)
+        return 0 if directory is None else directory.ino
+
     def file(self, number: int) -> FileHandle:
         handle = self._files.get(number)
         if handle is None:

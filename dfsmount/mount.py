@@ -6,6 +6,7 @@ the mounted directory has answered; and the end writes everything before the ses
 
 import errno
 import gc
+import math
 import os
 import resource
 import shutil
@@ -14,7 +15,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -23,7 +24,7 @@ import pyfuse3
 import structlog
 import trio
 
-from dfsmount import dfs_mounts, fuseloop, guardian
+from dfsmount import dfs_mounts, fuseloop, guardian, killed
 from dfsmount.assembly import Client, ClientOptions, open_client
 from dfsmount.config import DEFAULT_KEY_FILE, MountPlan, Options
 from dfsmount.operations import Operations
@@ -47,7 +48,8 @@ READ_AHEAD_KIB = 4096
 # After SIGTERM, how long requests in progress may go on once everything is flushed.
 DRAIN_SECONDS = 5.0
 # Writing out what is left takes as long as it takes, but a cluster that does not answer must not hold up a shutdown.
-FINISH_SECONDS = 90.0
+# systemd waits for 90 s before it kills.
+FINISH_SECONDS = 70.0
 
 
 class MountError(Exception):
@@ -198,7 +200,10 @@ class Mounted:
         self.plan = plan
         self.client = client
         self.vfs = client.vfs
-        self._waiting = Waiting(plan.options.timeout)
+        self._waiting = Waiting(plan.options.timeout, victims=self._victims)
+        self._finish_by = math.inf
+        # Of the mounted filesystem; not known before it answers.
+        self._device = 0
         self._main_scope = trio.CancelScope()
         self._guardian: subprocess.Popen[bytes] | None = None
 
@@ -230,31 +235,47 @@ class Mounted:
     async def _announce(self, ready: Callable[[], None]) -> None:
         mountpoint = self.plan.mountpoint
         device = await trio.to_thread.run_sync(_ask_mount, mountpoint, abandon_on_cancel=True)
+        self._device = device
         _raise_read_ahead(device)
         self._guardian = _start_guardian(mountpoint, device)
         log.info("mounted", source=str(self.plan.source), mountpoint=str(mountpoint))
         systemd.notify("READY=1")
         ready()
 
+    def _victims(self) -> list[killed.Victim]:
+        return killed.find_victims(self._device) if self._device else []
+
     async def _await_signals(self) -> None:
-        """SIGTERM, SIGINT, SIGHUP: writes everything while the mount still works, then ends it."""
+        """SIGTERM, SIGINT, SIGHUP: writes everything while the mount still works, then ends it. A second signal ends it
+        without what is not written by then."""
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             number = await anext(aiter(signals))
-        log.info("unmounting", signal=signal.Signals(number).name)
-        systemd.notify("STOPPING=1")
-        with trio.move_on_after(FINISH_SECONDS), suppress(DfsError):
-            await self.vfs.write_everything()
+            log.info("unmounting", signal=signal.Signals(number).name)
+            systemd.notify("STOPPING=1")
+            self._finish_by = trio.current_time() + FINISH_SECONDS
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._await_another, signals, nursery.cancel_scope)
+                with trio.move_on_at(self._finish_by), suppress(DfsError):
+                    await self.vfs.write_everything()
+                nursery.cancel_scope.cancel()
         pyfuse3.terminate()
         await trio.sleep(DRAIN_SECONDS)
         self._main_scope.cancel()
 
+    async def _await_another(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+        number = await anext(aiter(signals))
+        log.warning("unmounting at once", signal=signal.Signals(number).name)
+        self._finish_by = trio.current_time()
+        scope.cancel()
+
     async def _finish(self) -> bool:
         """Writes out what is left; whether everything is durable. Cannot be cancelled, but is bounded."""
+        deadline = min(self._finish_by, trio.current_time() + FINISH_SECONDS)
         try:
-            with trio.CancelScope(shield=True), trio.fail_after(FINISH_SECONDS):
+            with trio.CancelScope(shield=True), trio.fail_at(deadline):
                 await self.vfs.finish()
         except (DfsError, trio.TooSlowError) as error:
-            log.error("not everything could be written before the end", error=str(error))
+            log.error("not everything could be written before the end", error=str(error) or "no answer in time")
             return False
         log.info("unmounted", mountpoint=str(self.plan.mountpoint))
         return True

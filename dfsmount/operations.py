@@ -11,7 +11,7 @@ are not atomic against other mounts.
 import errno
 import functools
 import stat
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -24,7 +24,7 @@ from dfsmount.vfs_core import BLOCK_BYTES, Shown
 from dfsmount.vfs_files import Opened
 from dfsmount.vfs_names import Caller
 from dfsmount.waiting import Kind, Waiting
-from metaserver.errors import DfsError
+from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import NAME_MAX, SetAttributes
 
 log = structlog.get_logger(__name__)
@@ -32,6 +32,8 @@ log = structlog.get_logger(__name__)
 # What df calls a block. Inodes are 64-bit and never run out; programs want to see some free ones.
 STATFS_BLOCK_BYTES = 4096
 FREE_INODES = 1 << 40
+# Nobody has said anything: who waited behind the same may not wait as long once more.
+UNANSWERED = frozenset({ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE, ErrorCode.CANCELLED, ErrorCode.IO})
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,20 +58,28 @@ def _guarded(handler: Handler[P, R]) -> Handler[P, R]:
     return run
 
 
-def _bounded(kind: Kind) -> Callable[[Handler[P, R]], Handler[P, R]]:
-    """For handlers that may wait; past the deadline the answer is EIO, and what was asked is withdrawn."""
+def _bounded(kind: Kind, *, second: int = 0) -> Callable[[Handler[P, R]], Handler[P, R]]:
+    """For handlers that may wait; past the deadline the answer is EIO, and what was asked is withdrawn.
+
+    ``second`` is the place of a second inode among the arguments; 0: there is none.
+    """
 
     def decorate(handler: Handler[P, R]) -> Handler[P, R]:
         name = handler.__name__.strip("_")
 
         async def run(self: "Operations", /, *arguments: P.args, **named: P.kwargs) -> R:
             waiting = self._waiting
-            operation = waiting.begin(kind, name, arguments[0])
+            operation = waiting.begin(kind, name, *self._asked(arguments, second))
             try:
                 with operation.scope:
                     operation.work = handler(self, *arguments, **named)
                     return await operation.work
-                raise FUSEError(errno.EIO)
+                waiting.failed(operation)
+                raise FUSEError(operation.errno)
+            except DfsError as error:
+                if error.code in UNANSWERED:
+                    waiting.failed(operation)
+                raise
             finally:
                 waiting.end(operation)
 
@@ -103,6 +113,14 @@ class Operations(pyfuse3.Operations):
 
     def _inside(self, inode: int) -> int:
         return self._root if inode == pyfuse3.ROOT_INODE else inode
+
+    def _asked(self, arguments: Sequence[Any], second: int) -> tuple[int, int, int]:
+        """About which inode, by which thread, and about which other inode. The kernel tells who asks with all requests
+        but those about an open file or directory."""
+        first, ctx = arguments[0], arguments[-1]
+        if not isinstance(ctx, RequestContext):
+            return self._vfs.inode_of(first), 0, 0
+        return self._inside(first), ctx.pid, self._inside(arguments[second]) if second else 0
 
     def _outside(self, ino: int) -> int:
         return pyfuse3.ROOT_INODE if ino == self._root else ino
@@ -171,7 +189,7 @@ class Operations(pyfuse3.Operations):
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         await self._names.unlink(self._inside(parent_inode), name, directory=True)
 
-    @_bounded(Kind.NAMES)
+    @_bounded(Kind.NAMES, second=2)
     async def rename(
         self,
         parent_inode_old: int,
@@ -184,7 +202,7 @@ class Operations(pyfuse3.Operations):
         old, new = self._inside(parent_inode_old), self._inside(parent_inode_new)
         await self._names.rename(old, name_old, new, name_new, flags)
 
-    @_bounded(Kind.NAMES)
+    @_bounded(Kind.NAMES, second=1)
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
         return self._encode(await self._names.link(self._inside(inode), self._inside(new_parent_inode), new_name))
 
@@ -213,10 +231,10 @@ class Operations(pyfuse3.Operations):
     @_guarded
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         shown = self._vfs.known_attributes(self._inside(inode))
-        return self._encode(shown if shown is not None else await self._ask_attributes(inode))
+        return self._encode(shown if shown is not None else await self._ask_attributes(inode, ctx))
 
     @_bounded(Kind.NAMES)
-    async def _ask_attributes(self, inode: int) -> Shown:
+    async def _ask_attributes(self, inode: int, ctx: RequestContext) -> Shown:
         return await self._vfs.get_attributes(self._inside(inode))
 
     @_bounded(Kind.NAMES)
@@ -230,8 +248,12 @@ class Operations(pyfuse3.Operations):
         """Never called: the kernel checks permissions itself (``default_permissions``)."""
         return True
 
-    @_bounded(Kind.NAMES)
+    @_guarded
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        return await self._ask_statistics(pyfuse3.ROOT_INODE, ctx)
+
+    @_bounded(Kind.NAMES)
+    async def _ask_statistics(self, inode: int, ctx: RequestContext) -> StatvfsData:
         stats = await self._vfs.statistics()
         data = StatvfsData()
         data.f_bsize = data.f_frsize = STATFS_BLOCK_BYTES
@@ -246,10 +268,10 @@ class Operations(pyfuse3.Operations):
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         if self._vfs.knows_no_xattr(self._inside(inode), name):
             raise FUSEError(pyfuse3.ENOATTR)
-        return await self._ask_xattr(inode, name)
+        return await self._ask_xattr(inode, name, ctx)
 
     @_bounded(Kind.NAMES)
-    async def _ask_xattr(self, inode: int, name: bytes) -> bytes:
+    async def _ask_xattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         return await self._vfs.get_xattr(self._inside(inode), name)
 
     @_bounded(Kind.NAMES)

@@ -82,7 +82,9 @@ class Reader:
             data = self._at_once(plan[0])
             if data is not None:
                 return data
-        return await self._read(file, plan, offset, stop)
+        with trio.move_on_after(self.options.give_up_seconds):
+            return await self._read(file, plan, offset, stop)
+        raise DfsError(ErrorCode.TIMEOUT, f"inode {file.ino} could not be read at {offset} in time")
 
     def _at_once(self, part: Piece | Span) -> bytes | None:
         """A read that is one piece of what is in memory."""
@@ -153,7 +155,7 @@ class Reader:
             known = file.extents.known_until(start)
             while known < stop:
                 request = GetExtents(file.ino, known, FILE_SIZE_MAX - known)
-                page = await self._meta.call(protocol.GET_EXTENTS, request)
+                page = await self._meta.call(protocol.GET_EXTENTS, request, timeout=self.options.give_up_seconds)
                 if page.end <= known:
                     raise DfsError(ErrorCode.IO, f"the map of inode {file.ino} cannot be read at {known}")
                 if not file.learn_page(page, known, version):
@@ -166,7 +168,7 @@ class Reader:
     async def _places(self, file: FileState, chunk: int) -> Sequence[int]:
         servers = file.places.get(chunk)
         if servers is None:
-            located = await self._meta.call(protocol.LOCATE, Locate((chunk,)))
+            located = await self._meta.call(protocol.LOCATE, Locate((chunk,)), timeout=self.options.give_up_seconds)
             servers = next((place.servers for place in located.places if place.chunk == chunk), ())
             file.places[chunk] = servers
         return servers

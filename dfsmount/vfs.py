@@ -19,6 +19,8 @@ from metaserver.protocol import FsStats, InodeFlags, Opened, SetAttributes
 log = structlog.get_logger(__name__)
 
 STATS_SECONDS = 1.0
+# What is open is told to a metaserver that is there; another learns it with the end of the session.
+FAREWELL_SECONDS = 3.0
 _ACL_PREFIX = b"system.posix_acl_"
 ACCESS_ACL = b"system.posix_acl_access"
 _ACLS = (ACCESS_ACL, b"system.posix_acl_default")
@@ -59,6 +61,10 @@ class Vfs:
     async def set_attributes(self, changes: SetAttributes, number: int | None = None) -> Shown:
         """``number``: of the handle it is done through (ftruncate(2)), None for a path."""
         return self.core.show(await self.files.set_attributes(changes, number))
+
+    def inode_of(self, number: int) -> int:
+        """Of an open file or directory; 0: there is none with this number."""
+        return self.core.handles.inode_of(number)
 
     def forget(self, ino: int, count: int) -> None:
         """The kernel gives back ``count`` of its references."""
@@ -139,7 +145,8 @@ class Vfs:
         await self.write_everything()
         await self.core.writer.close()
         self.core.fresh.give_up_all()
-        await self._close_now()
+        with trio.move_on_after(FAREWELL_SECONDS):
+            await self._close_now()
 
     async def _close_idle(self) -> None:
         """Deregisters what is not used any more, for ever."""

@@ -5,20 +5,33 @@ microseconds together, because thousands of requests a second pass here. One tas
 it logs what waits long, with the line of code it waits at, and ends what is past its deadline. That is cheaper than a
 trio deadline for each request (8.5 us against 5).
 
+**Chains.** The kernel may ask several questions for one system call, and go on after an error: a name that could not
+be confirmed is looked up once more, ``security.capability`` comes before each write and truncate whatever the answer
+is, a page that read-ahead could not get is asked for again, by a page fault twice. And it serialises much: who changes
+a directory or a file, or looks up the same name, waits for whoever does so already, and asks when that has failed. Each
+would get the whole time again. So what follows at once upon an operation that was given up, from the same thread or
+about the same inode, gets only what that one has left of its time, and a little.
+
+**Killed processes.** A process that has been sent SIGKILL does not end while the kernel waits for us on its behalf, and
+pyfuse3 does not pass the kernel's interrupts on. So it is looked at while it waits (:mod:`dfsmount.killed`).
+
 pyfuse3 serves a limited number of requests at a time (``max_tasks``). So that one kind of request that waits cannot
 take them all, no more than ``limit`` of each kind may be in progress; further ones fail at once (BUSY).
 """
 
+import errno
+import math
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from enum import IntEnum
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 import trio
 
+from dfsmount import killed
 from metaserver.errors import DfsError, ErrorCode
 
 log = structlog.get_logger(__name__)
@@ -29,6 +42,16 @@ LONG_WAIT_SECONDS = 5.0
 LIMIT = 600
 # The metaserver client ends its own calls at the timeout with a better message; this is for everything else.
 GRACE_SECONDS = 2.0
+# Who asks so soon after an operation was given up has waited behind it, or is the same system call.
+CHAIN_SECONDS = 0.5
+# The n-th of a chain that has used up its time gets an n-th of this: hundreds of processes end within two seconds, and
+# the first still have a chance if the servers are back.
+CHAIN_SHARE_SECONDS = 0.5
+# So long after its time a chain ends. A program that tries again and again is given the whole time again then.
+CHAIN_END_SECONDS = 2.5
+# Beyond, who waits is looked at: has it been killed?
+KILLED_AFTER_SECONDS = 0.5
+LOOK_SECONDS = 1.0
 
 
 class Kind(IntEnum):
@@ -42,20 +65,39 @@ class Kind(IntEnum):
 class Operation:
     """One request of the kernel in progress. ``scope`` is to be entered around ``work``, the coroutine that does it.
 
-    The task's own coroutine would not do: it is pyfuse3's, which does not tell what it awaits.
+    The task's own coroutine would not do: it is pyfuse3's, which does not tell what it awaits. ``subject`` is an inode,
+    ``also`` another one (0: none); ``thread`` is whose system call it is, 0 where the kernel's request does not tell
+    us. ``errno`` is what it ends with if it is cancelled; ``begun`` when its chain began, and ``link`` its place there.
     """
 
-    __slots__ = ("kind", "logged", "name", "scope", "serial", "started", "subject", "work")
+    __slots__ = (
+        "also", "begun", "errno", "kind", "link", "logged", "name", "scope", "serial", "started", "subject", "thread",
+        "work",
+    )  # fmt: skip
 
-    def __init__(self, serial: int, kind: Kind, name: str, subject: object, started: float) -> None:
+    def __init__(
+        self, serial: int, kind: Kind, name: str, subject: int, started: float, thread: int, also: int
+    ) -> None:
         self.serial = serial
         self.kind = kind
         self.name = name
         self.subject = subject
-        self.started = started
+        self.also = also
+        self.thread = thread
+        self.started = self.begun = started
+        self.link = 1
         self.logged = False
+        self.errno = errno.EIO
         self.scope = trio.CancelScope()
         self.work: Coroutine[Any, Any, Any] | None = None
+
+    def chains(self) -> Iterator[tuple[str, int]]:
+        """What it has in common with others that wait for each other, as far as can be told."""
+        yield "inode", self.subject
+        if self.also:
+            yield "inode", self.also
+        if self.thread:
+            yield "thread", self.thread
 
     def where(self) -> str:
         """The innermost lines of code that it waits at, outermost first."""
@@ -70,8 +112,19 @@ class Operation:
         return " > ".join(places)
 
 
+class GivenUp(NamedTuple):
+    """The last operation of a chain that failed for want of time."""
+
+    begun: float
+    link: int
+    failed_at: float
+
+
 class Waiting:
-    """All operations in progress. ``clock`` gives seconds."""
+    """All operations in progress. ``clock`` gives seconds; ``is_killed`` tells of threads, ``victims`` finds more.
+
+    ``_given_up`` has the chains in which something failed of late.
+    """
 
     def __init__(
         self,
@@ -80,27 +133,53 @@ class Waiting:
         long_wait_seconds: float = LONG_WAIT_SECONDS,
         limit: int = LIMIT,
         clock: Callable[[], float] = trio.current_time,
+        is_killed: Callable[[int], bool] = killed.is_killed,
+        victims: Callable[[], list[killed.Victim]] = list,
     ) -> None:
+        self._timeout_seconds = timeout_seconds
         self._deadline_seconds = timeout_seconds + GRACE_SECONDS
         self._long_wait_seconds = long_wait_seconds
         self._limit = limit
         self._clock = clock
+        self._is_killed = is_killed
+        self._victims = victims
+        self._looked_at = -math.inf
         self._counts = [0] * len(Kind)
         self._operations: dict[int, Operation] = {}
+        self._given_up: dict[tuple[str, int], GivenUp] = {}
         self._serial = 0
 
     def __len__(self) -> int:
         return len(self._operations)
 
-    def begin(self, kind: Kind, name: str, subject: object) -> Operation:
+    def begin(self, kind: Kind, name: str, subject: int, thread: int = 0, also: int = 0) -> Operation:
         """Registers the current task's operation; :meth:`end` must follow. BUSY if too many of its kind wait."""
         if self._counts[kind] >= self._limit:
             raise DfsError(ErrorCode.BUSY, f"{self._limit} operations like {name} are waiting already")
         self._counts[kind] += 1
         self._serial += 1
-        operation = Operation(self._serial, kind, name, subject, self._clock())
+        operation = Operation(self._serial, kind, name, subject, self._clock(), thread, also)
         self._operations[self._serial] = operation
+        if self._given_up:
+            self._continue(operation)
         return operation
+
+    def _continue(self, operation: Operation) -> None:
+        """Gives an operation that belongs to a chain what is left of its time."""
+        now = operation.started
+        self._given_up = {key: last for key, last in self._given_up.items() if self._goes_on(last, now)}
+        found = [self._given_up[key] for key in operation.chains() if key in self._given_up]
+        if not found:
+            return
+        last = min(found)
+        operation.begun = last.begun
+        operation.link = last.link + 1
+        left = last.begun + self._deadline_seconds - now
+        operation.scope.deadline = trio.current_time() + max(left, CHAIN_SHARE_SECONDS / operation.link)
+
+    def _goes_on(self, last: GivenUp, now: float) -> bool:
+        end = last.begun + self._deadline_seconds + CHAIN_END_SECONDS
+        return now < min(end, last.failed_at + CHAIN_SECONDS)
 
     def end(self, operation: Operation) -> None:
         del self._operations[operation.serial]
@@ -108,6 +187,13 @@ class Waiting:
         if operation.logged:
             seconds = round(self._clock() - operation.started, 1)
             log.info("operation ended", operation=operation.name, subject=operation.subject, seconds=seconds)
+
+    def failed(self, operation: Operation) -> None:
+        """It ends without an answer."""
+        now = self._clock()
+        if now >= operation.begun + self._timeout_seconds:
+            for key in operation.chains():
+                self._given_up[key] = GivenUp(operation.begun, operation.link, now)
 
     async def watch(self) -> None:
         """Runs until cancelled."""
@@ -118,11 +204,9 @@ class Waiting:
     def sweep(self) -> None:
         """Logs what waits long, once each, and cancels what waits too long. Ids ascend, so the oldest come first."""
         now = self._clock()
-        for operation in self._operations.values():
+        for operation in self._older_than(KILLED_AFTER_SECONDS, now):
             waited = now - operation.started
-            if waited < self._long_wait_seconds:
-                break
-            if not operation.logged:
+            if waited >= self._long_wait_seconds and not operation.logged:
                 operation.logged = True
                 log.warning(
                     "operation waits",
@@ -134,3 +218,33 @@ class Waiting:
             if waited >= self._deadline_seconds and not operation.scope.cancel_called:
                 log.error("operation given up", operation=operation.name, subject=operation.subject)
                 operation.scope.cancel()
+        if now >= self._looked_at + LOOK_SECONDS:
+            self._looked_at = now
+            self._end_killed([*self._older_than(KILLED_AFTER_SECONDS, now)])
+
+    def _older_than(self, seconds: float, now: float) -> Iterator[Operation]:
+        for operation in self._operations.values():
+            if now - operation.started < seconds:
+                break
+            yield operation
+
+    def _end_killed(self, operations: list[Operation]) -> None:
+        """Ends what nobody waits for any more, because the process that asked is to end."""
+        for operation in operations:
+            if operation.thread and self._is_killed(operation.thread):
+                self._interrupt(operation)
+        unknown = [operation for operation in operations if not operation.thread]
+        if not unknown:
+            return
+        for victim in self._victims():
+            for operation in unknown:
+                if operation.subject == victim.inode and operation.name in victim.operations:
+                    unknown.remove(operation)
+                    self._interrupt(operation)
+                    break
+
+    def _interrupt(self, operation: Operation) -> None:
+        if not operation.scope.cancel_called:
+            log.info("its process was killed", operation=operation.name, subject=operation.subject)
+            operation.errno = errno.EINTR
+            operation.scope.cancel()

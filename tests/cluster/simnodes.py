@@ -608,7 +608,7 @@ class ClientNode(SimNode):
         done = trio.Event()
 
         async def carry_out() -> None:
-            operation = waiting.begin(kind, name, arguments[:1])
+            operation = waiting.begin(kind, name, next((word for word in arguments if isinstance(word, int)), 0))
             try:
                 with operation.scope:
                     operation.work = function(*arguments)  # type: ignore[assignment]

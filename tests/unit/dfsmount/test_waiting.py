@@ -1,10 +1,13 @@
 """Operations in progress: names, bounds, limits."""
 
+import errno
+
 import pytest
 import structlog
 import trio
 from structlog.testing import capture_logs
 
+from dfsmount.killed import Victim
 from dfsmount.waiting import GRACE_SECONDS, Kind, Waiting
 from metaserver.errors import DfsError, ErrorCode
 
@@ -64,3 +67,116 @@ async def test_one_kind_cannot_take_all_places(waiting: Waiting) -> None:
     waiting.end(waiting.begin(Kind.WRITING, "write", 1))
     waiting.end(operations.pop())
     waiting.end(waiting.begin(Kind.READING, "read", 5))
+
+
+# -- chains --------------------------------------------------------------------------------------------------------
+
+
+class Now:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def budget(waiting: Waiting, subject: int, thread: int, *, then: bool) -> float:
+    """How long an operation that begins now may take; ``then``: it is not answered either."""
+    operation = waiting.begin(Kind.NAMES, "lookup", subject, thread)
+    deadline = operation.scope.deadline
+    if then:
+        waiting.failed(operation)
+    waiting.end(operation)
+    return deadline - trio.current_time()
+
+
+def given_up(waiting: Waiting, now: Now, subject: int, thread: int, also: int = 0) -> None:
+    operation = waiting.begin(Kind.NAMES, "lookup", subject, thread, also)
+    now.seconds += 30
+    waiting.failed(operation)
+    waiting.end(operation)
+
+
+async def test_what_follows_upon_what_was_given_up_gets_what_is_left(autojump_clock: object) -> None:
+    now = Now()
+    waiting = Waiting(30, clock=now)
+    given_up(waiting, now, 1, 7)
+    # The same thread, whatever it asks; somebody else about the same; and nobody else.
+    assert budget(waiting, 2, 7, then=False) == pytest.approx(GRACE_SECONDS)
+    assert budget(waiting, 1, 8, then=False) == pytest.approx(GRACE_SECONDS)
+    assert budget(waiting, 2, 8, then=False) == float("inf")
+    now.seconds += 0.6
+    assert budget(waiting, 1, 7, then=False) == float("inf")
+
+
+async def test_a_rename_concerns_two_directories(autojump_clock: object) -> None:
+    now = Now()
+    waiting = Waiting(30, clock=now)
+    given_up(waiting, now, 1, 7, also=2)
+    assert budget(waiting, 2, 8, then=False) == pytest.approx(GRACE_SECONDS)
+
+
+async def test_all_who_wait_for_one_directory_end_together(autojump_clock: object) -> None:
+    """However many there are: each asks when the one before it has failed."""
+    now = Now()
+    waiting = Waiting(30, clock=now)
+    began = now.seconds
+    given_up(waiting, now, 1, 7)
+    for thread in range(100, 400):
+        allowed = budget(waiting, 1, thread, then=False)
+        assert allowed <= GRACE_SECONDS
+        operation = waiting.begin(Kind.NAMES, "mkdir", 1, thread)
+        now.seconds += allowed
+        waiting.failed(operation)
+        waiting.end(operation)
+    assert now.seconds - began < 35
+
+
+async def test_a_chain_ends_however_often_somebody_asks(autojump_clock: object) -> None:
+    """Servers that come back must find somebody with time for their answer."""
+    now = Now()
+    waiting = Waiting(30, clock=now)
+    given_up(waiting, now, 1, 7)
+    budgets = []
+    for _ in range(60):
+        now.seconds += 0.1
+        budgets.append(budget(waiting, 1, 7, then=True))
+    assert max(budgets[:40]) <= GRACE_SECONDS
+    assert float("inf") in budgets
+
+
+async def test_an_error_that_is_an_answer_begins_no_chain(autojump_clock: object) -> None:
+    now = Now()
+    waiting = Waiting(30, clock=now)
+    operation = waiting.begin(Kind.NAMES, "lookup", 1, 7)
+    now.seconds += 29
+    waiting.failed(operation)
+    waiting.end(operation)
+    assert budget(waiting, 1, 7, then=False) == float("inf")
+
+
+# -- killed processes ----------------------------------------------------------------------------------------------
+
+
+async def test_what_killed_processes_wait_for_is_ended(nursery: trio.Nursery, autojump_clock: object) -> None:
+    dead, victims = {7}, [Victim(5, ("write",)), Victim(6, ("fsync",))]
+    waiting = Waiting(3600, is_killed=dead.__contains__, victims=lambda: victims)
+    ended: dict[tuple[str, int, int], int] = {}
+
+    async def wait(name: str, subject: int, thread: int) -> None:
+        operation = waiting.begin(Kind.WRITING, name, subject, thread)
+        try:
+            with operation.scope:
+                await trio.sleep_forever()
+            ended[name, subject, thread] = operation.errno
+        finally:
+            waiting.end(operation)
+
+    asked = [("lookup", 1, 7), ("lookup", 1, 8), ("write", 5, 0), ("fsync", 5, 0), ("write", 6, 0), ("fsync", 6, 0)]
+    for words in asked:
+        nursery.start_soon(wait, *words)
+    nursery.start_soon(waiting.watch)
+    await trio.sleep(5)
+    assert ended == dict.fromkeys([("lookup", 1, 7), ("write", 5, 0), ("fsync", 6, 0)], errno.EINTR)
