@@ -6,7 +6,6 @@ the mounted directory has answered; and the end writes everything before the ses
 
 import errno
 import gc
-import math
 import os
 import resource
 import shutil
@@ -201,7 +200,8 @@ class Mounted:
         self.client = client
         self.vfs = client.vfs
         self._waiting = Waiting(plan.options.timeout, victims=self._victims)
-        self._finish_by = math.inf
+        # Around the last writing, which two signals shorten.
+        self._finishing = trio.CancelScope(shield=True)
         # Of the mounted filesystem; not known before it answers.
         self._device = 0
         self._main_scope = trio.CancelScope()
@@ -252,10 +252,10 @@ class Mounted:
             number = await anext(aiter(signals))
             log.info("unmounting", signal=signal.Signals(number).name)
             systemd.notify("STOPPING=1")
-            self._finish_by = trio.current_time() + FINISH_SECONDS
+            self._finishing.deadline = trio.current_time() + FINISH_SECONDS
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._await_another, signals, nursery.cancel_scope)
-                with trio.move_on_at(self._finish_by), suppress(DfsError):
+                with trio.move_on_after(FINISH_SECONDS), suppress(DfsError):
                     await self.vfs.write_everything()
                 nursery.cancel_scope.cancel()
         pyfuse3.terminate()
@@ -265,20 +265,23 @@ class Mounted:
     async def _await_another(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
         number = await anext(aiter(signals))
         log.warning("unmounting at once", signal=signal.Signals(number).name)
-        self._finish_by = trio.current_time()
+        self._finishing.cancel()
         scope.cancel()
 
     async def _finish(self) -> bool:
         """Writes out what is left; whether everything is durable. Cannot be cancelled, but is bounded."""
-        deadline = min(self._finish_by, trio.current_time() + FINISH_SECONDS)
-        try:
-            with trio.CancelScope(shield=True), trio.fail_at(deadline):
+        problem = "no answer in time"
+        self._finishing.deadline = min(self._finishing.deadline, trio.current_time() + FINISH_SECONDS)
+        with self._finishing:
+            try:
                 await self.vfs.finish()
-        except (DfsError, trio.TooSlowError) as error:
-            log.error("not everything could be written before the end", error=str(error) or "no answer in time")
-            return False
-        log.info("unmounted", mountpoint=str(self.plan.mountpoint))
-        return True
+            except DfsError as error:
+                problem = str(error)
+            else:
+                log.info("unmounted", mountpoint=str(self.plan.mountpoint))
+                return True
+        log.error("not everything could be written before the end", error=problem)
+        return False
 
 
 # -- the kernel's side ---------------------------------------------------------------------------------------------

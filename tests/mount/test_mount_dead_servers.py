@@ -1,0 +1,244 @@
+"""Every handler has an end: what programs see while no server answers at all, and when the servers come back."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import every_call
+import pytest
+from mount_cluster import RealCluster, run, running, wait_until
+
+from dfsmount import dfs_processes
+
+pytestmark = pytest.mark.timeout(240)
+
+SERVERS = ("metaserver", "chunkserver1", "chunkserver2", "chunkserver3")
+TIMEOUT_SECONDS = 3
+# What a system call may take beyond the time-out (35 s at the default of 30), and what a busy machine adds.
+MORE_SECONDS = 5
+SLACK_SECONDS = 3
+
+
+@pytest.fixture(scope="module")
+def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealCluster]:
+    """A cluster whose servers are stopped and started again and again."""
+    with running(tmp_path_factory.mktemp("lonely")) as made:
+        yield made
+
+
+@pytest.fixture
+def prepared(lonely: RealCluster, request: pytest.FixtureRequest) -> str:
+    """The name of a directory of the cluster that is ready for :mod:`every_call`."""
+    name = "".join(letter for letter in request.node.name if letter.isalnum())
+    (lonely.mnt / name).mkdir()
+    every_call.prepare(lonely.mnt / name)
+    run("sync", lonely.mnt / name / "stat")
+    return name
+
+
+@contextmanager
+def mounted(cluster: RealCluster, point: Path, *options: str) -> Iterator[int]:
+    """Another mount, with options of its own. At the end it is gone whatever happened."""
+    pid = cluster.mount_again(point, *options)
+    try:
+        yield pid
+    finally:
+        run("umount", "-i", "--lazy", "--force", point, check=False)
+        end(pid)
+
+
+def end(pid: int) -> None:
+    """SIGTERM, and again: the second one does not wait for what is not written."""
+    deadline = time.monotonic() + 40
+    while dfs_processes.is_alive(pid):
+        assert time.monotonic() < deadline, "the mount's process does not end"
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.5)
+
+
+@contextmanager
+def frozen(cluster: RealCluster) -> Iterator[None]:
+    pids = [cluster.pid(name) for name in SERVERS]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def dead(cluster: RealCluster) -> Iterator[None]:
+    for name in SERVERS:
+        cluster.kill(name)
+    try:
+        yield
+    finally:
+        cluster.up()
+
+
+class Calls:
+    """Every system call at once, below ``place``, begun by :meth:`go`."""
+
+    def __init__(self, place: Path, *without: str) -> None:
+        words = [sys.executable, every_call.__file__, str(place), *without]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._input, self._output = self.process.stdin, self.process.stdout
+        assert self._input is not None
+        assert self._output is not None
+        assert self._output.readline() == "ready\n"
+
+    def go(self) -> None:
+        assert self._input is not None
+        self._input.write("go\n")
+        self._input.flush()
+
+    def children(self) -> list[int]:
+        found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(word) for word in found.split()]
+
+    def results(self) -> dict[str, tuple[float, str]]:
+        """When all have ended: seconds and outcome of each."""
+        assert self._output is not None
+        with self.process:
+            lines = [line.split() for line in self._output]
+        assert self.process.returncode == 0
+        return {name: (float(seconds), outcome) for name, seconds, outcome in lines}
+
+
+def is_mounted(point: Path) -> bool:
+    """Without asking the mount."""
+    return f" {point} " in Path("/proc/mounts").read_text()
+
+
+def check_failures(results: dict[str, tuple[float, str]], seconds: float) -> None:
+    assert len(results) > 45
+    late = {name: told for name, told in results.items() if told[0] > seconds + MORE_SECONDS + SLACK_SECONDS}
+    assert not late
+    for name, (_, outcome) in results.items():
+        if name in every_call.MAY_SUCCEED:
+            assert outcome in ("0", "EIO"), (name, outcome)
+        elif name == "mmap_read":
+            assert outcome == "SIGBUS"
+        else:
+            assert outcome == "EIO", (name, outcome)
+
+
+@pytest.mark.parametrize("stopped", [frozen, dead], ids=["frozen", "dead"])
+def test_every_call_ends_with_an_error_when_no_server_answers(
+    lonely: RealCluster, prepared: str, stopped: Callable[[RealCluster], object]
+) -> None:
+    point = lonely.root / prepared
+    with mounted(lonely, point, f"timeout={TIMEOUT_SECONDS}"):
+        calls = Calls(point / prepared)
+        with stopped(lonely):  # type: ignore[attr-defined]
+            calls.go()
+            check_failures(calls.results(), TIMEOUT_SECONDS)
+        # The same mount goes on.
+        wait_until(lambda: works(point / prepared / "after"), "the mount works again")
+
+
+def works(path: Path) -> bool:
+    try:
+        path.write_bytes(b"works")
+        run("sync", path)
+        path.unlink()
+    except (OSError, AssertionError):
+        return False
+    return True
+
+
+def test_those_who_wait_for_each_other_in_the_kernel_end_together(lonely: RealCluster, prepared: str) -> None:
+    """Attributes are believed and names are not: all look up the same name, one after the other; and whoever changes a
+    directory holds it while it waits."""
+    point = lonely.root / prepared
+    with mounted(lonely, point, f"timeout={TIMEOUT_SECONDS}", "attr_timeout=60", "entry_timeout=0"):
+        calls = Calls(point / prepared)
+        with frozen(lonely):
+            calls.go()
+            results = calls.results()
+    assert max(seconds for seconds, _ in results.values()) < TIMEOUT_SECONDS + MORE_SECONDS + SLACK_SECONDS
+    outcomes = {name: outcome for name, (_, outcome) in results.items()}
+    assert {outcomes[name] for name in ("stat", "mkdir", "unlink", "rename", "create", "fsync")} == {"EIO"}
+
+
+def test_servers_that_come_back_in_time_are_a_delay_and_nothing_else(lonely: RealCluster, prepared: str) -> None:
+    point = lonely.root / prepared
+    with mounted(lonely, point):
+        calls = Calls(point / prepared)
+        with dead(lonely):
+            calls.go()
+            time.sleep(2)
+        outcomes = {name: outcome for name, (_, outcome) in calls.results().items()}
+    expected = {"stat_missing": "ENOENT", "getxattr": "ENODATA", "fgetxattr": "ENODATA", "removexattr": "ENODATA"}
+    assert outcomes == {**dict.fromkeys(outcomes, "0"), **expected}
+
+
+def test_hard_waits_until_the_process_is_killed(lonely: RealCluster, prepared: str) -> None:
+    point = lonely.root / prepared
+    with mounted(lonely, point, "hard") as pid:
+        # Written pages of a mapping are nobody's: their writer would wait for the servers even when it is killed.
+        calls = Calls(point / prepared, "msync")
+        with frozen(lonely):
+            calls.go()
+            log = Path(f"{point}.log")
+            wait_until(lambda: "operation waits" in log.read_text(), "it is said what is waited for")
+            waiting = calls.children()
+            assert len(waiting) > 35
+            for child in waiting:
+                os.kill(child, signal.SIGKILL)
+            results = calls.results()
+            assert {outcome for _, outcome in results.values()} == {"0", "SIGKILL"}
+            text = log.read_text()
+            for name in ("fsync", "read", "ask_attributes"):
+                assert f"operation={name}" in text
+            # Nothing waits any more, nothing is kept: it can be unmounted, forced, and its process ends.
+            run("umount", "-i", "--force", point)
+            assert not is_mounted(point)
+            end(pid)
+
+
+@pytest.mark.parametrize(
+    "command", [("umount", "-i", "-f"), ("umount", "-i", "-l"), ("fusermount3", "-u", "-z"), ()],
+    ids=["force", "lazy", "fusermount", "sigterm"],
+)  # fmt: skip
+def test_a_mount_without_servers_can_be_taken_away(
+    lonely: RealCluster, prepared: str, command: tuple[str, ...]
+) -> None:
+    point = lonely.root / prepared
+    with mounted(lonely, point, "hard") as pid:
+        with frozen(lonely):
+            waiting = subprocess.Popen(["stat", point / "not-there"], stderr=subprocess.DEVNULL)
+            time.sleep(0.3)
+            if command:
+                done = run(*command, point, check=False, timeout=20)
+                # Who is inside makes it busy at first; the force has thrown them out.
+                if done.returncode:
+                    assert waiting.wait(10) != 0
+                    run(*command, point, timeout=20)
+            end(pid)
+            assert waiting.wait(10) != 0
+        assert not is_mounted(point)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stopped", [frozen, dead], ids=["frozen", "dead"])
+def test_every_call_ends_within_35_seconds(
+    lonely: RealCluster, prepared: str, stopped: Callable[[RealCluster], object]
+) -> None:
+    point = lonely.root / prepared
+    with mounted(lonely, point):
+        calls = Calls(point / prepared)
+        with stopped(lonely):  # type: ignore[attr-defined]
+            calls.go()
+            results = calls.results()
+    check_failures(results, 30)
+    assert max(seconds for seconds, _ in results.values()) < 35
