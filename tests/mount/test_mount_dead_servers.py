@@ -182,6 +182,7 @@ def test_servers_that_come_back_in_time_are_a_delay_and_nothing_else(lonely: Rea
     assert outcomes == {**dict.fromkeys(outcomes, "0"), **expected}
 
 
+@pytest.mark.soak
 def test_hard_waits_until_the_process_is_killed(lonely: RealCluster, prepared: str) -> None:
     point = lonely.root / prepared
     with mounted(lonely, point, "hard") as pid:
@@ -206,6 +207,7 @@ def test_hard_waits_until_the_process_is_killed(lonely: RealCluster, prepared: s
             end(pid)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "command", [("umount", "-i", "-f"), ("umount", "-i", "-l"), ("fusermount3", "-u", "-z"), ()],
     ids=["force", "lazy", "fusermount", "sigterm"],
