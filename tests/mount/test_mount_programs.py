@@ -409,7 +409,7 @@ END
 def test_inotifywait_sees_what_this_host_does(sides: Sides) -> None:
     sides.same(
         """
-        mkdir watched
+        mkdir watched; touch seen ready
         inotifywait -m -e create,modify,delete,move,close_write --format '%e %f' watched > seen 2> ready &
         until grep -q established ready; do sleep 0.05; done
         echo x > watched/a; echo y >> watched/a; mv watched/a watched/b; rm watched/b; mkdir watched/d; rmdir watched/d
