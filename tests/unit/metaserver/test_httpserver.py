@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -100,6 +101,36 @@ async def test_bodies_are_checked_and_bounded() -> None:
         url = client.base_url.join("/double")
         answer = await trio.to_thread.run_sync(lambda: httpx.post(url, headers=TOKEN, content=iter([long[:600]] * 9)))
         assert (answer.status_code, answer.json()["code"]) == (413, "ARGUMENT_TOO_BIG")
+
+
+@pytest.mark.parametrize("token", ["wrong", KEY.http_token], ids=["refused", "answered"])
+@pytest.mark.parametrize("path", ["/health", "/nothing"])
+async def test_an_answer_before_the_end_of_a_body_ends_the_connection(token: str, path: str) -> None:
+    """Hypercorn waits for ever for an application that does not take what it has received."""
+    received = bytearray()
+
+    async def send(stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):
+            for _ in range(200):
+                await stream.send_all(bytes(1 << 20))
+
+    async def receive(stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):
+            async for data in stream:
+                received.extend(data)
+
+    async with trio.open_nursery() as nursery:
+        port = await nursery.start(httpserver.run_http, httpserver.protected(ROUTES, KEY), "127.0.0.1", 0)
+        head = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: 1000000000\r\n\r\n"
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        async with stream:
+            await stream.send_all(head.encode())
+            with trio.fail_after(60):
+                async with trio.open_nursery() as both:
+                    both.start_soon(send, stream)
+                    both.start_soon(receive, stream)
+        nursery.cancel_scope.cancel()
+    assert received.startswith(b"HTTP/1.1 ")
 
 
 async def test_port_in_use() -> None:
