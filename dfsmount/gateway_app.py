@@ -5,11 +5,9 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack, aclosing, contextmanager
-from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
-import msgspec
 import trio
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -34,13 +32,14 @@ from dfsmount.gateway_http import (
     no_body,
     on_error,
 )
+from dfsmount.gateway_messages import ChunkMap, Page, Piece, Replica, Stored, entry_of, stored_of
 from dfsmount.gateway_paths import Place
-from dfsmount.gateway_tree import NANOSECONDS, Node, Opened, Tree
+from dfsmount.gateway_tree import Node, Opened, Tree
 from dfsmount.gateway_uploads import Upload, Uploaded, Uploads
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.httpranges import Span, Verdict, Version, http_date, judge, wanted
 from metaserver.httpserver import json_reply
-from metaserver.protocol import Attributes, DirectoryEntry, Extent
+from metaserver.protocol import Extent
 
 PAGE_LIMIT = 1000
 # Without a token: whether it runs, and what it can do.
@@ -48,63 +47,6 @@ OPEN_PATHS = ("/health", "/openapi.json")
 _FILES = b"/files/"
 _DOWNLOAD = b"/download/"
 _CONDITIONS = ("if-match", "if-none-match", "if-unmodified-since")
-
-
-class Entry(msgspec.Struct, omit_defaults=True):
-    """What listings say of an entry. ``href`` is its address here; ``name`` has U+FFFD for what is not UTF-8."""
-
-    name: str
-    href: str
-    type: str
-    size: int
-    mtime: str
-    mode: str
-    etag: str = ""
-
-
-class Page(msgspec.Struct):
-    """``next`` is the address of what follows; "" at the end."""
-
-    path: str
-    entries: list[Entry]
-    next: str
-
-
-class Stored(msgspec.Struct):
-    """A file that was uploaded."""
-
-    path: str
-    href: str
-    size: int
-    etag: str
-    created: bool
-
-
-class Replica(msgspec.Struct):
-    server: int
-    host: str
-    port: int
-    rack: str
-
-
-class Piece(msgspec.Struct):
-    """``length`` bytes of a file from ``offset`` on are in ``chunk`` from ``chunk_offset`` on."""
-
-    offset: int
-    length: int
-    chunk: str
-    chunk_offset: int
-    replicas: list[Replica]
-
-
-class ChunkMap(msgspec.Struct):
-    """``next`` is the address of what follows; "" at the end."""
-
-    path: str
-    size: int
-    etag: str
-    pieces: list[Piece]
-    next: str
 
 
 class _Metrics(Collector):
@@ -159,7 +101,7 @@ class Gateway:
     async def _get(self, request: Request, place: Place) -> Response:
         with _missing_where_no_directory():
             node = await self.tree.find(place)
-        if "chunks" in request.query_params:
+        if "chunks" in _query(request):
             return await self._chunks(request, place, node)
         if node.is_directory:
             if not place.directory and place.names:
@@ -172,7 +114,7 @@ class Gateway:
 
     async def root_listing(self, request: Request) -> Response:
         """``prefix`` may name directories, as object stores have it."""
-        prefix = request.query_params.get("prefix", "")
+        prefix = _query(request).get("prefix", "")
         folder, _, start = prefix.rpartition("/")
         place = gateway_paths.from_text(folder + "/") if folder else Place((), True)
         try:
@@ -228,7 +170,7 @@ class Gateway:
         limit = _number(request, "limit", PAGE_LIMIT, 1, PAGE_LIMIT)
         after = _number(request, "after", 0, 0, (1 << 63) - 1)
         listing = await self.tree.listing(node.ino, after, limit, prefix)
-        entries = [_entry(place, entry) for entry in listing.entries]
+        entries = [entry_of(place, entry) for entry in listing.entries]
         following = _following(request, listing.next) if listing.next else ""
         return json_reply(Page(str(place), entries, following))
 
@@ -270,7 +212,7 @@ class Gateway:
         check_upload(request, self._max_bytes)
         replace = _flag(request, "replace")
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        filename = request.query_params.get("filename")
+        filename = _query(request).get("filename")
         if filename is not None:
             place = gateway_paths.from_text(filename)
             if place.directory or not place.names:
@@ -291,7 +233,7 @@ class Gateway:
                     await upload.write(data)
             await upload.complete()
             done = await self._place(request, upload, place.name, replace=replace)
-        return _stored(place.names, upload, done)
+        return stored_of(place.names, upload, done)
 
     async def _parent(self, place: Place) -> Node:
         """The directory that a new name belongs into."""
@@ -354,7 +296,7 @@ class Gateway:
             if not uploads:
                 raise DfsError(ErrorCode.INVALID, "the form has no file")
             return [
-                _stored((name,), upload, await self._place(request, upload, name, replace=replace))
+                stored_of((name,), upload, await self._place(request, upload, name, replace=replace))
                 for name, upload in uploads.items()
             ]
 
@@ -377,7 +319,7 @@ class Gateway:
 
     async def delete_named(self, request: Request) -> Response:
         await no_body(request)
-        filename = request.query_params.get("filename")
+        filename = _query(request).get("filename")
         if not filename:
             raise DfsError(ErrorCode.INVALID, "say ?filename=NAME")
         place = gateway_paths.from_text(filename)
@@ -474,19 +416,25 @@ def _place(request: Request, before: bytes) -> Place:
     return gateway_paths.from_url(rest) if rest else Place((), True)
 
 
+def _query(request: Request) -> dict[str, str]:
+    """The query, bytes that are no UTF-8 kept as surrogates: names need not be text."""
+    text = request.scope["query_string"].decode("latin-1")
+    return dict(parse_qsl(text, keep_blank_values=True, errors="surrogateescape"))
+
+
 def _prefix(request: Request) -> bytes:
-    return request.query_params.get("prefix", "").encode(errors="surrogateescape")
+    return _query(request).get("prefix", "").encode(errors="surrogateescape")
 
 
 def _flag(request: Request, name: str) -> bool:
-    value = request.query_params.get(name, "0")
+    value = _query(request).get(name, "0")
     if value not in ("", "1", "true", "0", "false"):
         raise DfsError(ErrorCode.INVALID, f"{name} is 1 or 0")
     return value in ("", "1", "true")
 
 
 def _number(request: Request, name: str, default: int, least: int, most: int) -> int:
-    text = request.query_params.get(name)
+    text = _query(request).get(name)
     if text is None:
         return default
     if not re.fullmatch("[0-9]{1,19}", text) or not least <= int(text) <= most:
@@ -517,40 +465,12 @@ def _missing_where_no_directory() -> Iterator[None]:
         raise
 
 
-# -- encoding ------------------------------------------------------------------------------------------------------
-
-_KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink"}
-
-
-def _entry(place: Place, entry: DirectoryEntry) -> Entry:
-    attributes = entry.attributes
-    assert attributes is not None
-    directory = stat.S_ISDIR(attributes.mode)
-    return Entry(
-        entry.name.decode(errors="replace"),
-        gateway_paths.to_url((*place.names, entry.name), directory=directory),
-        _KINDS.get(stat.S_IFMT(attributes.mode), "other"),
-        0 if directory else attributes.size,
-        _time(attributes),
-        f"{stat.S_IMODE(attributes.mode):04o}",
-        Node(0, entry.name, attributes).version.etag if stat.S_ISREG(attributes.mode) else "",
-    )
-
-
-def _time(attributes: Attributes) -> str:
-    seconds, nanoseconds = divmod(attributes.mtime_ns, NANOSECONDS)
-    moment = datetime.fromtimestamp(seconds, UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{nanoseconds:09d}Z"
+# -- encoding ----------------------------------------------------------------------------------------------------
 
 
 def _following(request: Request, after: int) -> str:
-    query = [(key, value) for key, value in request.query_params.multi_items() if key != "after"]
-    return f"{request.scope['path']}?{urlencode([*query, ('after', str(after))])}"
-
-
-def _stored(names: tuple[bytes, ...], upload: Upload, done: Uploaded) -> Stored:
-    path = str(Place(names, False))
-    return Stored(path, gateway_paths.to_url(names, directory=False), upload.size, done.version.etag, done.created)
+    query = urlencode({**_query(request), "after": str(after)}, errors="surrogateescape")
+    return f"{request.scope['path']}?{query}"
 
 
 def _stored_reply(stored: list[Stored], status: int) -> Response:

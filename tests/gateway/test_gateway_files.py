@@ -87,6 +87,17 @@ def test_names_of_all_kinds(gateway: Gateway, folder: str) -> None:
     assert [gateway.curl(entry["href"]).body.decode() for entry in entries] == [str(n) for n in range(7)]
 
 
+def test_names_in_queries_are_bytes_too(gateway: Gateway, folder: str) -> None:
+    flat = folder.removeprefix("/files/")
+    for name in ("%ff", "%fe"):
+        assert gateway.curl(f"/upload?filename={flat}/{name}", "--data-binary", name).status == 201
+    assert gateway.curl(f"{folder}/%ff").body == b"%ff"
+    page = gateway.curl(f"/files?prefix={flat}/%fe&limit=1").json
+    assert [entry["href"].lower() for entry in page["entries"]] == [f"{folder}/%fe".lower()]
+    assert gateway.curl(f"/delete?filename={flat}/%ff", "-X", "DELETE").status == 204
+    assert len(gateway.names(f"{folder}/?prefix=%fe&limit=1")) == 1
+
+
 # -- ranges and conditions -----------------------------------------------------------------------------------------
 
 
