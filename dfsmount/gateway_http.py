@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dfsmount.gateway_tree import Opened, Tree
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.httpranges import Span
-from metaserver.httpserver import json_reply
+from metaserver.httpserver import ClientGone, json_reply
 
 log = structlog.get_logger(__name__)
 
@@ -68,10 +68,6 @@ class Refusal(Exception):
         super().__init__(status, code, text)
         self.status, self.code, self.text = status, code, text
         self.headers = dict(headers or {})
-
-
-class ClientGone(Exception):
-    """Nobody waits for an answer any more."""
 
 
 def failure_reply(status: int, code: str, text: str, headers: Mapping[str, str] | None = None) -> Response:
@@ -126,10 +122,12 @@ class Guard:
             await send(message)
 
         try:
-            self._admit(scope)
-            await self._app(scope, receive, sending)
-        except Refusal as refusal:
-            await (await on_error(Request(scope), refusal))(scope, receive, send)
+            try:
+                self._admit(scope)
+            except Refusal as refusal:
+                await (await on_error(Request(scope), refusal))(scope, receive, sending)
+            else:
+                await self._app(scope, receive, sending)
         except ClientGone:
             # An answer that was begun and not ended closes the connection: nobody takes it for a whole one.
             log.info("a client left", method=scope["method"], path=scope["path"][:200])

@@ -9,6 +9,7 @@ import logging
 import socket
 from base64 import b64decode
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar, cast
 
 import hypercorn.typing
@@ -123,6 +124,8 @@ class _Guard:
             if started:
                 raise
             await error_reply(error)(scope, receive, send)
+        except ClientGone:
+            raise
         except Exception:
             log.exception("request failed", path=scope["path"])
             if not started:
@@ -187,6 +190,14 @@ def protected(
     )
 
 
+class ClientGone(Exception):
+    """Nobody waits for an answer any more."""
+
+
+# What hypercorn's sends raise once it has seen the client's end; the first while it is closing (0.18).
+_GONE = (trio.BusyResourceError, trio.BrokenResourceError, trio.ClosedResourceError)
+
+
 class _Lingering:
     """ASGI middleware: an answer before the end of the request's body reaches the client, and the connection ends.
 
@@ -204,6 +215,13 @@ class _Lingering:
             return
         received = answered = False
 
+        async def send_on(message: Message | None) -> None:
+            try:
+                # None is what hypercorn itself sends after the application's end; a second one does nothing.
+                await send(cast(Message, message))
+            except _GONE:
+                raise ClientGone from None
+
         async def receiving() -> Message:
             nonlocal received
             message = await receive()
@@ -213,26 +231,27 @@ class _Lingering:
         async def sending(message: Message) -> None:
             nonlocal answered
             if message["type"] != "http.response.body" or message.get("more_body", False):
-                await send(message)
+                await send_on(message)
                 return
             answered = True
             if received:
-                await send(message)
+                await send_on(message)
                 return
-            await send({**message, "more_body": True})
+            await send_on({**message, "more_body": True})
             await _discard_some(receiving)
-            await _send_last({"type": "http.response.body", "body": b"", "more_body": False})
+            await send_last({"type": "http.response.body", "body": b"", "more_body": False})
 
-        async def _send_last(message: Message | None) -> None:
+        async def send_last(message: Message | None) -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_discard, receive)
-                # None is what hypercorn itself sends after the application's end; a second one does nothing.
-                await send(cast(Message, message))
+                with suppress(ClientGone):
+                    await send_on(message)
                 nursery.cancel_scope.cancel()
 
-        await self._app(scope, receiving, sending)
+        with suppress(ClientGone):
+            await self._app(scope, receiving, sending)
         if not answered and not received:
-            await _send_last(None)
+            await send_last(None)
 
 
 def _is_last(message: Message) -> bool:
