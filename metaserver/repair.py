@@ -471,9 +471,12 @@ class Repair:
             member = self._members.by_id.get(server)
             if member is None or not member.up or not self.kept_below <= chunk < limit or chunk in self.orders:
                 continue
+            # First what costs nothing: a server that was away for long may bring very many back.
+            if not self.orders.room_for(server, OrderKind.DELETE) or not self.orders.may_try(chunk, now):
+                continue
             if self._look(chunk).row is not None:
                 self.strays.discard(chunk, server)
                 self.look_at(chunk)
-            elif self.orders.may_try(chunk, now) and self.orders.room_for(server, OrderKind.DELETE):
+            else:
                 log.info("deleting a replica of an unknown chunk", chunk=f"{chunk:x}", server=server)
                 self._issue(OrderKind.DELETE, chunk, None, Step(Kind.DELETE, server))

@@ -1,6 +1,7 @@
 """Orders from end to end: chunkservers that register, report and obey, and a metaserver that wants copies."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -420,6 +421,36 @@ async def test_a_replica_of_an_unknown_chunk_goes_although_its_deletion_fails_or
         await servers.run(400)
         assert servers.done == [(OrderKind.DELETE, stray, 1)]
         assert len(metaserver.parts.repair.strays) == 0
+
+
+async def test_very_many_replicas_of_unknown_chunks_do_not_keep_everybody_waiting(
+    data: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(data) as metaserver:
+        limit = metaserver.committer.id_limit(IdKind.CHUNK)
+    async with running(data, delete_grace_seconds=5.0, window_seconds=1.0) as metaserver:
+        server = await metaserver.server(1)
+        strays = range(limit - 1000, limit)
+        server.replicas = {stray: ReplicaReport(stray, 5, 1, 1, True) for stray in strays}
+        await server.start()
+        servers = Obedient([server])
+        servers.idle.add(1)
+        await servers.run(20)
+        repair, looked = metaserver.parts.repair, 0
+        real = repair._look
+
+        def look(chunk: int) -> Any:
+            nonlocal looked
+            looked += 1
+            return real(chunk)
+
+        monkeypatch.setattr(repair, "_look", look)
+        await repair.tick(unknown_may_go=True)
+        assert looked == 0, "the server has as many orders as it may have"
+        monkeypatch.undo()
+        servers.idle.clear()
+        await servers.run(200)
+        assert len(repair.strays) == 0
 
 
 async def test_what_is_unknown_of_a_removed_server_is_forgotten(
