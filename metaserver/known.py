@@ -79,7 +79,7 @@ class Known:
                 changes = self._changes(descriptor)
             finally:
                 os.close(descriptor)
-        except (OSError, DamagedPage) as error:
+        except (OSError, DamagedPage, struct.error) as error:
             self._forget(str(error))
             return
         if changes:

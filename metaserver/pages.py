@@ -161,8 +161,9 @@ class _Walk:
         self._descriptor = descriptor
         self._deadline = deadline
         self._known = known
-        # By page: whether it is what is known of it.
+        # By page: whether it is what is known of it; as far as there was time to compare.
         self._same = bytearray()
+        self._compared = 0
         self._checksums = array("I")
         self._seen = bytearray()
         self._counts = _Counts()
@@ -185,7 +186,7 @@ class _Walk:
             for number in (_FREE, _ROWS):
                 self._check_tree(number, newest.trees[number])
         except _OutOfTime:
-            self._keep_unseen()
+            self._keep_others()
             return Checked(False, newest.transaction, self._checksums)
         for page in self._free:
             self._claim(page)
@@ -194,11 +195,16 @@ class _Walk:
     def _compare(self, pages: int) -> None:
         """Finds the pages that are what is known of them, in the order of the file."""
         known, same = self._known, self._same
+        self._compared = pages
         view = memoryview(bytearray(_SCAN_PAGES * PAGE_BYTES))
         for first in range(0, pages, _SCAN_PAGES):
             wanted = [page for page in range(first, min(first + _SCAN_PAGES, pages)) if known[page]]
             if not wanted:
                 continue
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                # What is known of the rest may be right still.
+                self._compared = first
+                return
             try:
                 length = os.preadv(self._descriptor, [view], first * PAGE_BYTES)
             except OSError:
@@ -208,9 +214,9 @@ class _Walk:
                 start = (page - first) * PAGE_BYTES
                 same[page] = start < length and crc32c(view[start : start + PAGE_BYTES]) == known[page]
 
-    def _keep_unseen(self) -> None:
-        for page, same in enumerate(self._same):
-            if same and not self._seen[page]:
+    def _keep_others(self) -> None:
+        for page in range(2, min(len(self._known), len(self._same))):
+            if not self._checksums[page] and (self._same[page] or page >= self._compared):
                 self._checksums[page] = self._known[page]
 
     def _check_tree(self, number: int, tree: Tree) -> None:
