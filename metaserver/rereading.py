@@ -4,18 +4,22 @@ Blocking; in a worker thread. A damaged byte in them harms nobody until the stor
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from metaserver.changelog import KeptSegment
-from metaserver.logrecord import FIRST_RECORD, UNKNOWN, SegmentHeader, find_records
+from metaserver.changelog import KeptSegment, needed_after
+from metaserver.logrecord import FIRST_RECORD, UNKNOWN, Position, SegmentHeader, find_records
 from metaserver.replay import CorruptLog
 from metaserver.snapshot import verify_snapshot
 from metaserver.store import PAUSE_ROWS, PAUSE_SECONDS, CorruptStore
 
 
-def segment_damage(segment: KeptSegment, following: KeptSegment, before: KeptSegment | None = None) -> str:
+def segment_damage(
+    segment: KeptSegment, following: KeptSegment, before: KeptSegment | None = None, cut: Position = UNKNOWN
+) -> str:
     """What is wrong with a segment that is not written to any more, "" if nothing: every change that it should have,
-    up to the ``following`` one's first, must be there whole. ``before``: the one before it, if that is kept."""
+    up to the ``following`` one's first, must be there whole. ``before``: the one before it, if that is kept. ``cut``:
+    where its epoch ended, if that is known; what came after was lost in a power cut, perhaps in part only."""
     try:
         data = segment.read()
     except CorruptLog as error:
@@ -25,6 +29,8 @@ def segment_damage(segment: KeptSegment, following: KeptSegment, before: KeptSeg
     if len(data) < segment.header.size:
         return f"{segment.path} is cut off at {len(data)} of {segment.header.size} bytes"
     last = _last_change(segment, following)
+    if cut.epoch == segment.header.epoch:
+        last = min(last, cut.number)
     wanted = first = _first_change(segment, before, last)
     for count, (record, _) in enumerate(find_records(data, segment.header.segment)):
         if record.number != wanted or wanted > last:
@@ -50,6 +56,24 @@ def _last_change(segment: KeptSegment, following: KeptSegment) -> int:
         return following.first - 1
     previous = following.header.previous
     return previous.number if previous != UNKNOWN and previous.epoch == epoch else 0
+
+
+def missing_changes(snapshots: Sequence[Position], kept: Sequence[KeptSegment]) -> str:
+    """Why the store could not be rebuilt even if everything is whole: there are changes that are neither in one of the
+    snapshot files nor in a segment after it. "" if it could."""
+    if any(_goes_on(position, needed_after([*kept], position)) for position in (*snapshots, Position(0, 0))):
+        return ""
+    return f"the changelog does not reach back to {'a snapshot file' if snapshots else 'the beginning'}"
+
+
+def _goes_on(position: Position, segments: Sequence[KeptSegment]) -> bool:
+    """Whether segments begin right after a change, if not before it."""
+    if not segments:
+        return False
+    first = segments[0]
+    if first.header.epoch > position.epoch:
+        return first.first <= 1 and first.header.previous in (position, UNKNOWN)
+    return first.first <= position.number + 1
 
 
 def snapshot_damage(path: Path) -> str:

@@ -6,8 +6,9 @@ import trio
 from metaserver.check import MAX_PROBLEMS, check_steps
 from metaserver.engine import Engine, Recovery
 from metaserver.files import is_full
+from metaserver.logrecord import UNKNOWN
 from metaserver.protocol import CheckReport, Problem
-from metaserver.rereading import segment_damage, snapshot_damage
+from metaserver.rereading import missing_changes, segment_damage, snapshot_damage
 from metaserver.snapshot import Snapshot, kept_from, list_snapshots, make_snapshot
 from metaserver.start import SNAPSHOTS_NAME
 from metaserver.store import CorruptStore, StoreFull, View, ViewExpired
@@ -42,6 +43,8 @@ async def snapshot(engine: Engine) -> Snapshot:
     engine.log.appended -= appended
     # What was used again meanwhile may be what this very snapshot needs (its file may be what has filled the disk).
     engine.log.recycled = max(0, engine.log.recycled - recycled)
+    if engine.recovery is not None:
+        engine.recovery = engine.recovery._replace(endangered=False)
     position = kept_from(directory)
     if position is not None:
         engine.log.drop(position)
@@ -96,11 +99,17 @@ async def keep_snapshots(engine: Engine) -> None:
     last = trio.current_time()
     failed = False
     pause = engine.options.checkpoint_seconds
+    lacking = await _lacking(engine)
+    if lacking:
+        # Used again on a full disk in an earlier life, for instance: it is as if that had been in this one.
+        log.error("until a snapshot file is made, the store cannot be rebuilt", reason=lacking)
+        engine.log.recycled = max(1, engine.log.recycled)
     while True:
         await trio.sleep(pause)
         appended = engine.log.appended
         overdue = trio.current_time() - last >= engine.options.snapshot_seconds and appended
-        unprotected = engine.log.recycled and not engine.is_full
+        endangered = engine.log.recycled or (engine.recovery is not None and engine.recovery.endangered)
+        unprotected = endangered and not engine.is_full
         if overdue or unprotected or appended >= engine.options.snapshot_log_bytes:
             last = trio.current_time()
             try:
@@ -112,7 +121,7 @@ async def keep_snapshots(engine: Engine) -> None:
             else:
                 failed = False
             # Each writes all of the store. On a nearly full disk one may fill it, be in vain, and be wanted again.
-            hurried = failed or engine.log.recycled > 0
+            hurried = failed or endangered
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS) if hurried else engine.options.checkpoint_seconds
 
 
@@ -120,6 +129,8 @@ async def verify_recovery(engine: Engine) -> list[str]:
     """Reads snapshot files and old segments of the log back, slowly; what is wrong with them. Then a new snapshot file
     is made (if there is space), so that what is damaged is not needed any more."""
     problems = [*await _verify_snapshots(engine), *await _verify_segments(engine)]
+    lacking = await _lacking(engine)
+    problems += [lacking] if lacking else []
     for problem in problems:
         log.error("what a recovery would need is damaged", problem=problem)
     engine.recovery = Recovery(trio.current_time(), problems, bool(problems))
@@ -128,9 +139,13 @@ async def verify_recovery(engine: Engine) -> list[str]:
             await snapshot(engine)
         except StoreFull:
             log.error("no space for a snapshot file: until there is, the store perhaps cannot be rebuilt")
-        else:
-            engine.recovery = engine.recovery._replace(endangered=False)
     return problems
+
+
+async def _lacking(engine: Engine) -> str:
+    """What is missing to rebuild the store; "" if nothing."""
+    snapshots = await engine.run_sync(list_snapshots, engine.directory / SNAPSHOTS_NAME)
+    return missing_changes([snapshot.position for snapshot in snapshots], tuple(engine.log.kept))
 
 
 async def _verify_snapshots(engine: Engine) -> list[str]:
@@ -150,7 +165,8 @@ async def _verify_segments(engine: Engine) -> list[str]:
     for before, segment, following in zip((None, *kept), kept, kept[1:], strict=False):
         # Not what was dropped, or used again, meanwhile.
         if segment in engine.log.kept:
-            problem = await engine.run_sync(segment_damage, segment, following, before)
+            ends = (later.header.previous for later in kept if later.header.epoch > segment.header.epoch)
+            problem = await engine.run_sync(segment_damage, segment, following, before, next(ends, UNKNOWN))
             if problem and segment in engine.log.kept:
                 problems.append(problem)
             await trio.sleep(segment.header.size / REREAD_BYTES_PER_SECOND)

@@ -385,7 +385,7 @@ async def test_a_record_that_finds_no_space_is_refused_and_leaves_no_trace(tmp_p
         with pytest.raises(DfsError):
             create(committer, b"the last one, cut off in the middle" * 4)
         # The log alone has to do, half a record at its end.
-        copy = tmp_path.with_name("copy")
+        copy = tmp_path.with_name(tmp_path.name + "-copy")
         shutil.copytree(tmp_path, copy)
         files.full = False
     async with open_committer(copy, options=OPTIONS) as committer:

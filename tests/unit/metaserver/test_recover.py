@@ -86,14 +86,14 @@ async def test_two_snapshots_are_kept_and_the_log_they_need(tmp_path: Path) -> N
         assert [snapshot.position.number for snapshot in snapshots] == [1203, 903]
         firsts = [segment.first for segment in committer.log.kept]
         assert firsts[0] <= 904 < firsts[1]
-    shutil.copytree(tmp_path, tmp_path.with_name("copy"))
-    for path in (tmp_path, tmp_path.with_name("copy")):
+    shutil.copytree(tmp_path, tmp_path.with_name(tmp_path.name + "-copy"))
+    for path in (tmp_path, tmp_path.with_name(tmp_path.name + "-copy")):
         (path / "data.mdb").unlink()
     list_snapshots(tmp_path / "snapshots")[0].path.unlink()
     assert recover(tmp_path).snapshot == snapshots[1].path.name
-    assert recover(tmp_path.with_name("copy")).snapshot == snapshots[0].path.name
+    assert recover(tmp_path.with_name(tmp_path.name + "-copy")).snapshot == snapshots[0].path.name
     assert len(await state(tmp_path)) == 1200
-    assert len(await state(tmp_path.with_name("copy"))) == 1200
+    assert len(await state(tmp_path.with_name(tmp_path.name + "-copy"))) == 1200
 
 
 def damage(path: Path) -> None:

@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import pytest
+import trio.testing
 from test_recover import OPTIONS, break_record, cut_off, epoch, many, state
 
 from metaserver import upkeep
+from metaserver.changelog import KeptSegment, find_firsts
 from metaserver.commit import Committer, open_committer
-from metaserver.logrecord import FIRST_RECORD
+from metaserver.logrecord import FIRST_RECORD, UNKNOWN, Position, SegmentHeader, checksum_seed, encode_record
 from metaserver.recover import recover
+from metaserver.rereading import missing_changes, segment_damage
 from metaserver.snapshot import list_snapshots
 from metaserver.store import StoreFull
 
@@ -116,3 +119,73 @@ async def test_the_first_change_of_an_epoch_is_missed_although_a_start_did_not_n
         file.write(b"\xff\xff")
     (problem,) = await found(tmp_path)
     assert f"change 2/1 is damaged in {second}" == problem
+
+
+def segment(directory: Path, number: int, header: Position, previous: Position, numbers: range) -> KeptSegment:
+    """With empty changes of these numbers."""
+    made = SegmentHeader(number, header.epoch, previous, 1 << 16)
+    data = made.pack()
+    for change in numbers:
+        data += encode_record(checksum_seed(number), header.epoch, change, 0, 0, 0, change, {})
+    path = directory / f"{number:016x}.log"
+    path.write_bytes(data.ljust(1 << 16, b"\0"))
+    kept = KeptSegment(path, made)
+    find_firsts([kept])
+    return kept
+
+
+def test_what_a_power_cut_took_in_part_is_no_damage(tmp_path: Path) -> None:
+    """Changes 3 and 4 were lost, 5 in the next segment was not: the start cuts all three."""
+    start = Position(0, 0)
+    torn = segment(tmp_path, 1, Position(1, 0), start, range(1, 3))
+    rest = segment(tmp_path, 2, Position(1, 0), start, range(5, 7))
+    following = segment(tmp_path, 3, Position(2, 0), Position(1, 2), range(1, 2))
+    cut = following.header.previous
+    assert segment_damage(torn, rest, None, cut) == ""
+    assert segment_damage(rest, following, torn, cut) == ""
+    assert "change 1/3 is damaged" in segment_damage(torn, rest, None, Position(1, 4))
+    assert "change 1/3 is damaged" in segment_damage(torn, rest, None, UNKNOWN)
+
+
+def test_a_log_that_does_not_reach_back_far_enough_is_noticed(tmp_path: Path) -> None:
+    first = segment(tmp_path, 1, Position(1, 0), Position(0, 0), range(1, 11))
+    second = segment(tmp_path, 2, Position(1, 0), Position(0, 0), range(11, 21))
+    third = segment(tmp_path, 3, Position(2, 0), Position(1, 20), range(1, 5))
+    assert missing_changes([], [first, second, third]) == ""
+    assert missing_changes([], [second, third])
+    assert missing_changes([], [third])
+    assert missing_changes([Position(1, 9)], [second, third])
+    assert missing_changes([Position(1, 10)], [second, third]) == ""
+    assert missing_changes([Position(1, 15)], [third])
+    assert missing_changes([Position(1, 20)], [third]) == ""
+    assert missing_changes([Position(2, 2), Position(1, 15)], [third]) == ""
+
+
+async def test_that_the_store_cannot_be_rebuilt_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both snapshot files are damaged and deleted while there is no space for another: so it is the next day, and
+    after a restart."""
+    for _ in range(3):
+        await epoch(tmp_path, many(600), snapshot=True)
+    for snapshot in list_snapshots(tmp_path / "snapshots"):
+        snapshot.path.write_bytes(b"junk" * 5000)
+
+    async def full(engine: object) -> None:
+        raise StoreFull
+
+    with monkeypatch.context() as patch:
+        patch.setattr(upkeep, "snapshot", full)
+        for _ in range(2):
+            async with open_committer(tmp_path, options=OPTIONS) as committer:
+                for _ in range(2):
+                    assert await upkeep.verify_recovery(committer)
+                    assert committer.recovery is not None
+                    assert committer.recovery.endangered
+                assert list_snapshots(tmp_path / "snapshots") == []
+    async with open_committer(tmp_path, options=OPTIONS) as committer:
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        assert committer.log.recycled, "it is made as soon as there is space, not in an hour"
+        await committer.snapshot()
+        assert not committer.log.recycled
+    assert await found(tmp_path) == []
