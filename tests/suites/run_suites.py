@@ -1,6 +1,6 @@
 """Suites that others wrote, on the mount and on a control (ext4) in one run; prints what docs/posix.md publishes.
 
-    python tests/suites/run.py MOUNT CONTROL --results DIR [--pjdfstest CHECKOUT] [--xfstests CHECKOUT] [--data DIR]
+    python tests/suites/run_suites.py MOUNT CONTROL --results DIR [--pjdfstest CHECKOUT] ...
 
 MOUNT and CONTROL are directories in which each suite gets one of its own; see README.md beside this file.
 """
