@@ -7,14 +7,18 @@ import trio
 
 
 class Jobs:
-    """Starts tasks from synchronous code. What is started before :meth:`run` begins with it."""
+    """Starts tasks from synchronous code. What is started before :meth:`run` begins with it; once that has been
+    cancelled nothing is: whoever ends at the same time may still ask."""
 
     def __init__(self) -> None:
         self._nursery: trio.Nursery | None = None
         self._early: list[tuple[Callable[..., Awaitable[object]], tuple[Any, ...]]] = []
+        self._ended = False
 
     def start(self, function: Callable[..., Awaitable[object]], *args: Any) -> None:
         """Runs ``function(*args)`` in a task of its own; an exception from it ends the owner."""
+        if self._ended:
+            return
         if self._nursery is None:
             self._early.append((function, args))
         else:
@@ -27,7 +31,10 @@ class Jobs:
                 for function, args in self._early:
                     self._nursery.start_soon(function, *args)
                 self._early.clear()
-                await trio.sleep_forever()
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    self._ended = True
         finally:
             self._nursery = None
 
