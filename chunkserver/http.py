@@ -134,6 +134,7 @@ def make_app(node: "Node") -> Starlette:
         if request.method != "PUT":
             return await http_chunks.get(store, request, number)
         http_chunks.check_right(node.key, request, number)
+        http_chunks.check_number(number, node.mailbox.chunk_limit)
         return json_reply(info(node.disk.root, await http_chunks.put(store, request, number)), 201)
 
     async def scrub(request: Request) -> Response:

@@ -115,6 +115,14 @@ def check_right(key: ClusterKey | None, request: Request, chunk: int) -> None:
         raise DfsError(ErrorCode.NOT_PERMITTED, f"this needs the right to write chunk {chunk:016x} ({RIGHT})")
 
 
+def check_number(chunk: int, limit: int) -> None:
+    """To have a chunk that the metaserver has never heard of is the proof of a rollback: it would become read-only."""
+    if not limit:
+        raise DfsError(ErrorCode.UNAVAILABLE, "the metaserver has not said yet which chunks there are: try again")
+    if chunk >= limit:
+        raise DfsError(ErrorCode.INVALID, f"no chunk has the number {chunk:016x} yet: the metaserver gives them out")
+
+
 async def put(store: "Store", request: Request, chunk: int) -> Replica:
     """Makes a replica of the body, durable when it returns. The same body again succeeds, also after an interruption;
     another one is refused (WRONG_OFFSET), and so is more than fits into a chunk (CHUNK_FULL)."""

@@ -133,6 +133,8 @@ class Mailbox:
         self._snapshot: Snapshot | None = None
         self._rung = False
         self._closed = False
+        # No chunk has a number from this one on, as far as the metaserver has told; 0: not yet.
+        self.chunk_limit = 0
 
     def post(self, snapshot: Snapshot) -> None:
         with self._condition:
@@ -303,6 +305,7 @@ class Reporter:
         parcel = self._outbox.parcel()
         heartbeat = make_heartbeat(self._incarnation, self._number, snapshot, parcel)
         reply = await self.ask(f"/v1/servers/{self._server}/heartbeat", heartbeat, HeartbeatReply)
+        self._mailbox.chunk_limit = max(self._mailbox.chunk_limit, reply.chunk_limit)
         if reply.acknowledged >= self._number:
             self._outbox.acknowledge(parcel.mark)
         if reply.orders and not reply.register_again:

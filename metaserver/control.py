@@ -187,7 +187,8 @@ class Control:
                 self._repair.keep(member)
         taken = not new or await self._take_news(member, told)
         orders = [] if self._window.open or self._changes.refusing else self._repair.orders_for(server)
-        return HeartbeatReply(epoch, told.number if taken else 0, False, orders)
+        limit = self._committer.id_limit(IdKind.CHUNK)
+        return HeartbeatReply(epoch, told.number if taken else 0, False, orders, limit)
 
     async def _take_news(self, member: Member, told: Heartbeat) -> bool:
         """False if there is no space to take note of all of it: the server is there nevertheless, and says it again."""

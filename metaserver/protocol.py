@@ -806,12 +806,14 @@ class Heartbeat(Json):
 
 
 class HeartbeatReply(Json):
-    """``register_again``: this metaserver does not know the incarnation (it restarted): register and report anew."""
+    """``register_again``: this metaserver does not know the incarnation (it restarted): register and report anew.
+    ``chunk_limit``: no chunk has a number from this one on."""
 
     epoch: int
     acknowledged: int
     register_again: bool
     orders: list[Order]
+    chunk_limit: int = 0
 
 
 class ServerStatus(Json):

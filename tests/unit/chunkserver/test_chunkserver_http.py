@@ -21,7 +21,8 @@ CHUNK = 0xABC
 
 @asynccontextmanager
 async def asked(node: Started) -> AsyncIterator[httpx.AsyncClient]:
-    """A client with the token."""
+    """A client with the token; the metaserver has given out the numbers up to CHUNK."""
+    node.node.mailbox.chunk_limit = CHUNK + 1
     async with trio.open_nursery() as nursery:
         port = await nursery.start(run_http, make_app(node.node), "127.0.0.1", 0)
         headers = {"Authorization": f"Bearer {KEY.http_token}"}
@@ -101,6 +102,17 @@ async def test_the_token_alone_does_not_write(start_node: StartNode, headers: di
         assert (await client.get("/chunks")).json()["chunks"] == []
         anybody = await client.put("/chunks/abc", content=b"data", headers={**right(), "Authorization": "Bearer x"})
         assert anybody.status_code == 401
+
+
+async def test_a_number_that_was_never_given_out_is_refused(start_node: StartNode) -> None:
+    """A server that has such a chunk makes the metaserver read-only: it is what a rollback looks like."""
+    async with start_node() as node, asked(node) as client:
+        for chunk in (CHUNK + 1, (1 << 64) - 1):
+            refused = await client.put(f"/chunks/{chunk:x}", content=b"data", headers=right(chunk))
+            assert (refused.status_code, refused.json()["code"]) == (400, "INVALID")
+        node.node.mailbox.chunk_limit = 0
+        assert (await client.put("/chunks/abc", content=b"data", headers=right())).status_code == 503
+        assert node.store.table.highest_chunk == 0
 
 
 async def test_what_a_mount_writes_is_not_touched(start_node: StartNode, pool: Pool) -> None:

@@ -160,6 +160,7 @@ def test_registers_reports_and_beats() -> None:
     bench = Bench(waits=4)
     order = Order(1, 1, OrderKind.DELETE, 5)
     bench.metaserver.reply.orders = [order]
+    bench.metaserver.reply.chunk_limit = 77
     bench.outbox.changed(replica(2, 9))
     bench.reporter.run()
     kinds = [type(message) for message in bench.metaserver.heard]
@@ -168,6 +169,7 @@ def test_registers_reports_and_beats() -> None:
     assert (first.number, first.changes, first.free, first.disk_state) == (1, [replica(2, 9)], 50, "OK")
     assert (second.number, second.changes) == (2, [])
     assert bench.server.orders_taken == [order]
+    assert bench.mailbox.chunk_limit == 77
 
 
 def test_lost_heartbeat_is_said_again_without_registering() -> None:

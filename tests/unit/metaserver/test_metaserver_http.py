@@ -16,6 +16,7 @@ from metaserver import protocol
 from metaserver.http import make_app
 from metaserver.key import ClusterKey
 from metaserver.protocol import Heartbeat, HeartbeatReply, Registered, ReplicaReport, ReportPage, ServerStatus
+from metaserver.schema import IdKind
 
 KEY = ClusterKey(b"k" * 32)
 
@@ -61,7 +62,7 @@ async def test_a_chunkserver_registers_reports_and_sends_heartbeats(data: Path) 
         beat = Heartbeat(5, 1, 1 << 40, 1 << 39, 1, "OK", [], [], [], 0, 0)
         answer = await post(client, "/v1/servers/7/heartbeat", beat)
         assert msgspec.json.decode(answer.content, type=HeartbeatReply) == HeartbeatReply(
-            registered.epoch, 1, False, []
+            registered.epoch, 1, False, [], metaserver.committer.id_limit(IdKind.CHUNK)
         )
         (shown,) = msgspec.json.decode((await client.get("/servers")).content, type=list[ServerStatus])
         assert (shown.server, shown.state, shown.free) == (7, "UP", 1 << 39)
