@@ -41,10 +41,13 @@ VERSION = "0.1.0"
 SLICE = 500
 # A count is shown again for so long: `dfs up` asks for the status ten times a second.
 FRESH_SECONDS = 1.0
+# And for so many times as long as it took: a status page that is left open is not to be most of what is done.
+FRESH_TIMES = 20
 
 
 class StatusReader:
-    """Reads what is shown. Counts of chunks are at most :data:`FRESH_SECONDS` old when asked for."""
+    """Reads what is shown. Counts of chunks are at most :data:`FRESH_SECONDS` old when asked for, or
+    :data:`FRESH_TIMES` as old as they took where there are very many."""
 
     def __init__(
         self,
@@ -75,7 +78,7 @@ class StatusReader:
         self._balancer = balancer
         self._counting = trio.Lock()
         self._census = Census(members)
-        self._counted = float("-inf")
+        self._fresh_until = float("-inf")
 
     async def status(self) -> Status:
         total, free = self._members.space(self._config.copies)
@@ -168,12 +171,14 @@ class StatusReader:
     async def _census_taken(self) -> Census:
         async with self._counting:
             drains = {server for server, member in self._members.by_id.items() if member.row.draining}
-            if trio.current_time() - self._counted >= FRESH_SECONDS or drains != self._census.leaving.keys():
+            began = trio.current_time()
+            if began >= self._fresh_until or drains != self._census.leaving.keys():
                 census = Census(self._members)
                 while not self._committer.read(0, lambda tx: census.count(tx, SLICE))[0]:
                     await trio.lowlevel.checkpoint()
                 self._census = census
-                self._counted = trio.current_time()
+                now = trio.current_time()
+                self._fresh_until = now + max(FRESH_SECONDS, FRESH_TIMES * (now - began))
             return self._census
 
     def _repair_status(self, census: Census) -> RepairStatus:

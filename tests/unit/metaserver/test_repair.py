@@ -9,6 +9,7 @@ import trio.testing
 from running_metaserver import FakeServer, Mount, Running, running
 
 from metaserver import chunks, protocol
+from metaserver.census import Census
 from metaserver.changelog import LogFull
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import ChunkState, OrderKind, OrderResult, ReplicaReport, ReplicaState, ReportPage
@@ -499,3 +500,22 @@ async def test_news_that_there_is_no_space_for_comes_again_and_its_server_stays_
         reply = await server.beat(results=[result])
         assert reply.acknowledged == server.heartbeats
         assert first not in states(metaserver, chunk)
+
+
+async def test_a_page_that_is_left_open_does_not_have_chunks_counted_all_the_time(
+    data: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(data) as metaserver:
+        counted = 0
+
+        def count(self: Census, tx: object, slice_chunks: int) -> bool:
+            nonlocal counted
+            counted += 1
+            autojump_clock.jump(2.0)
+            return True
+
+        monkeypatch.setattr(Census, "count", count)
+        for _ in range(24):
+            await metaserver.parts.status.status()
+            await trio.sleep(5)
+        assert 2 <= counted <= 4
