@@ -181,7 +181,8 @@ class Node:
 
     def _find_loss(self, device: str) -> str:
         with suppress(OSError):
-            if self.disk.space().device != device:
+            # Not the host's name before it, which may change while everything stays where it is.
+            if self.disk.space().device.rpartition(":")[2] != device.rpartition(":")[2]:
                 return f"{self.disk.root} was unmounted, or another file system was mounted there"
         return identities.lost(self.disk, self.identity)
 

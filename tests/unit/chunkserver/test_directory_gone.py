@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -112,3 +114,22 @@ async def test_a_registration_without_a_directory_fails_cleanly(
             a.node.registration(host="h", port=1, http_port=2, rack="", labels=[])
         assert caught.value.code is ErrorCode.DISK_FAILED
         away.rename(a.path)
+
+
+async def test_a_host_may_get_another_name(start_node: StartNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+    real = identity.lost
+
+    def lost(*arguments: Any) -> str:
+        nonlocal looks
+        looks += 1
+        return real(*arguments)
+
+    monkeypatch.setattr(identity, "lost", lost)
+    async with start_node() as a:
+        monkeypatch.setattr(socket, "gethostname", lambda: "renamed")
+        looks = 0
+        with trio.fail_after(30):
+            while looks < 3 and not a.store.table.disk_error:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert a.store.table.disk_error == ""
