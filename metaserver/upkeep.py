@@ -108,8 +108,7 @@ async def keep_snapshots(engine: Engine) -> None:
         await trio.sleep(pause)
         appended = engine.log.appended
         overdue = trio.current_time() - last >= engine.options.snapshot_seconds and appended
-        endangered = engine.log.recycled or (engine.recovery is not None and engine.recovery.endangered)
-        unprotected = endangered and not engine.is_full
+        unprotected = _is_endangered(engine) and not engine.is_full
         if overdue or unprotected or appended >= engine.options.snapshot_log_bytes:
             last = trio.current_time()
             try:
@@ -121,8 +120,12 @@ async def keep_snapshots(engine: Engine) -> None:
             else:
                 failed = False
             # Each writes all of the store. On a nearly full disk one may fill it, be in vain, and be wanted again.
-            hurried = failed or endangered
+            hurried = failed or _is_endangered(engine)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS) if hurried else engine.options.checkpoint_seconds
+
+
+def _is_endangered(engine: Engine) -> bool:
+    return engine.log.recycled > 0 or (engine.recovery is not None and engine.recovery.endangered)
 
 
 async def verify_recovery(engine: Engine) -> list[str]:
