@@ -83,11 +83,15 @@ class Readiness:
         self._taken = 0
         await trio.lowlevel.wait_readable(descriptor)
 
+    def is_ended(self) -> bool:
+        """Whether the kernel has nothing to ask any more: unmounted, or all its requests were given up."""
+        return any(events & select.POLLERR for _, events in self._poll.poll(0))
 
-def stand_in() -> SimpleNamespace:
+
+def stand_in(readiness: Readiness) -> SimpleNamespace:
     """The names that pyfuse3 3.5 takes from the module ``trio``; a later one that takes more fails at once."""
     lowlevel = SimpleNamespace(
-        wait_readable=Readiness().wait_readable,
+        wait_readable=readiness.wait_readable,
         current_task=trio.lowlevel.current_task,
         current_trio_token=trio.lowlevel.current_trio_token,
         notify_closing=trio.lowlevel.notify_closing,

@@ -46,6 +46,8 @@ IDLE_TASKS = 8
 READ_AHEAD_KIB = 4096
 # After SIGTERM, how long requests in progress may go on once everything is flushed.
 DRAIN_SECONDS = 5.0
+# How often it is looked whether the kernel has ended the connection.
+ENDED_SECONDS = 0.5
 # Writing out what is left takes as long as it takes, but a cluster that does not answer must not hold up a shutdown.
 # systemd waits for 90 s before it kills.
 FINISH_SECONDS = 70.0
@@ -200,8 +202,13 @@ class Mounted:
         self.client = client
         self.vfs = client.vfs
         self._waiting = Waiting(plan.options.timeout, victims=self._victims)
-        # Around the last writing, which two signals shorten.
+        # What the end waits for, and a second signal does not: writing while the mount works, requests in progress, and
+        # the last writing.
+        self._writing = trio.CancelScope()
+        self._draining = trio.CancelScope()
         self._finishing = trio.CancelScope(shield=True)
+        self._loop = fuseloop.Readiness()
+        self._serving = True
         # Of the mounted filesystem; not known before it answers.
         self._device = 0
         self._main_scope = trio.CancelScope()
@@ -211,11 +218,12 @@ class Mounted:
         """Mounts and serves until the end; the exit code."""
         clean = True
         async with trio.open_nursery() as nursery:
-            _init_fuse(Operations(self.vfs, self._waiting), self.plan)
+            _init_fuse(Operations(self.vfs, self._waiting), self.plan, self._loop)
             try:
                 nursery.start_soon(self.client.run)
                 nursery.start_soon(self._waiting.watch)
                 nursery.start_soon(self._await_signals)
+                nursery.start_soon(self._await_abort)
                 nursery.start_soon(self._announce, ready)
                 nursery.start_soon(systemd.feed_watchdog)
                 # What exists now stays: the collector need not look at it again.
@@ -224,6 +232,7 @@ class Mounted:
                 with self._main_scope:
                     await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=MAX_TASKS)
             finally:
+                self._serving = False
                 clean = await self._finish()
                 pyfuse3.close(unmount=True)
                 if self._guardian is not None:
@@ -247,26 +256,42 @@ class Mounted:
 
     async def _await_signals(self) -> None:
         """SIGTERM, SIGINT, SIGHUP: writes everything while the mount still works, then ends it. A second signal ends it
-        without what is not written by then."""
+        without what is not written by then. Further ones do nothing: a process that dies of them leaves its mount."""
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             number = await anext(aiter(signals))
             log.info("unmounting", signal=signal.Signals(number).name)
             systemd.notify("STOPPING=1")
-            self._finishing.deadline = trio.current_time() + FINISH_SECONDS
+            self._finishing.deadline = self._writing.deadline = trio.current_time() + FINISH_SECONDS
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._await_another, signals, nursery.cancel_scope)
-                with trio.move_on_after(FINISH_SECONDS), suppress(DfsError):
-                    await self.vfs.write_everything()
-                nursery.cancel_scope.cancel()
-        pyfuse3.terminate()
-        await trio.sleep(DRAIN_SECONDS)
+                nursery.start_soon(self._hasten, signals)
+                await self._stop_serving()
+
+    async def _stop_serving(self) -> None:
+        with self._writing, suppress(DfsError):
+            await self.vfs.write_everything()
+        # Once the loop has ended there may be no session any more.
+        if self._serving:
+            pyfuse3.terminate()
+        with self._draining:
+            await trio.sleep(DRAIN_SECONDS)
         self._main_scope.cancel()
 
-    async def _await_another(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async def _hasten(self, signals: AsyncIterator[int]) -> None:
+        """Until cancelled: hears all further signals."""
         number = await anext(aiter(signals))
         log.warning("unmounting at once", signal=signal.Signals(number).name)
-        self._finishing.cancel()
-        scope.cancel()
+        for scope in (self._finishing, self._writing, self._draining):
+            scope.cancel()
+        async for _ in signals:
+            pass
+
+    async def _await_abort(self) -> None:
+        """After ``umount -f`` nobody waits for the requests in progress, which may wait for servers themselves."""
+        ended = False
+        while not ended:
+            await trio.sleep(ENDED_SECONDS)
+            ended = self._loop.is_ended()
+        self._main_scope.cancel()
 
     async def _finish(self) -> bool:
         """Writes out what is left; whether everything is durable. Cannot be cancelled, but is bounded."""
@@ -287,9 +312,9 @@ class Mounted:
 # -- the kernel's side ---------------------------------------------------------------------------------------------
 
 
-def _init_fuse(operations: Operations, plan: MountPlan) -> None:
+def _init_fuse(operations: Operations, plan: MountPlan, loop: fuseloop.Readiness) -> None:
     """Mounts; raises :class:`MountError` with what libfuse printed to standard error."""
-    pyfuse3.trio = fuseloop.stand_in()  # type: ignore[attr-defined]
+    pyfuse3.trio = fuseloop.stand_in(loop)  # type: ignore[attr-defined]
     with _captured_errors() as said:
         try:
             pyfuse3.init(operations, str(plan.mountpoint), _fuse_options(plan))

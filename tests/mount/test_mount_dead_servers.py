@@ -182,7 +182,6 @@ def test_servers_that_come_back_in_time_are_a_delay_and_nothing_else(lonely: Rea
     assert outcomes == {**dict.fromkeys(outcomes, "0"), **expected}
 
 
-@pytest.mark.soak
 def test_hard_waits_until_the_process_is_killed(lonely: RealCluster, prepared: str) -> None:
     point = lonely.root / prepared
     with mounted(lonely, point, "hard") as pid:
@@ -207,28 +206,55 @@ def test_hard_waits_until_the_process_is_killed(lonely: RealCluster, prepared: s
             end(pid)
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize(
-    "command", [("umount", "-i", "-f"), ("umount", "-i", "-l"), ("fusermount3", "-u", "-z"), ()],
-    ids=["force", "lazy", "fusermount", "sigterm"],
-)  # fmt: skip
-def test_a_mount_without_servers_can_be_taken_away(
-    lonely: RealCluster, prepared: str, command: tuple[str, ...]
-) -> None:
+@contextmanager
+def waiting_inside(point: Path) -> Iterator[None]:
+    """A process waits there for an answer; at the end it has got an error."""
+    child = subprocess.Popen(["stat", point / "not-there"], stderr=subprocess.DEVNULL)
+    time.sleep(0.3)
+    assert child.poll() is None
+    yield
+    assert child.wait(10) != 0
+
+
+def test_a_mount_without_servers_is_unmounted_by_force(lonely: RealCluster, prepared: str) -> None:
+    """Nobody has to end its process, which would otherwise wait for servers on behalf of nobody."""
     point = lonely.root / prepared
-    with mounted(lonely, point, "hard") as pid:
-        with frozen(lonely):
-            waiting = subprocess.Popen(["stat", point / "not-there"], stderr=subprocess.DEVNULL)
-            time.sleep(0.3)
-            if command:
-                done = run(*command, point, check=False, timeout=20)
-                # Who is inside makes it busy at first; the force has thrown them out.
-                if done.returncode:
-                    assert waiting.wait(10) != 0
-                    run(*command, point, timeout=20)
-            end(pid)
-            assert waiting.wait(10) != 0
+    with mounted(lonely, point, "hard") as pid, frozen(lonely):
+        with waiting_inside(point):
+            # Who is inside makes it busy at first; the force has thrown them out.
+            done = run("umount", "-i", "-f", point, check=False, timeout=20)
+        if done.returncode:
+            run("umount", "-i", point, timeout=20)
         assert not is_mounted(point)
+        wait_until(lambda: not dfs_processes.is_alive(pid), "its process ends")
+
+
+@pytest.mark.parametrize("signals", [1, 4])
+def test_a_mount_without_servers_ends_when_it_is_told_to(lonely: RealCluster, prepared: str, signals: int) -> None:
+    """The first signal waits a moment for those inside, the second does not, and those after it do no harm."""
+    point = lonely.root / prepared
+    with mounted(lonely, point, "hard") as pid, frozen(lonely), waiting_inside(point):
+        for _ in range(signals):
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(0.2)
+        wait_until(lambda: not dfs_processes.is_alive(pid), "its process ends")
+        assert not is_mounted(point)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("command", [("umount", "-i", "-l"), ("fusermount3", "-u", "-z")], ids=["lazy", "fusermount"])
+def test_a_mount_without_servers_can_be_detached(lonely: RealCluster, prepared: str, command: tuple[str, ...]) -> None:
+    """Who is inside stays inside."""
+    point = lonely.root / prepared
+    with mounted(lonely, point, "hard") as pid, frozen(lonely):
+        inside = subprocess.Popen(["stat", point / "not-there"], stderr=subprocess.DEVNULL)
+        time.sleep(0.3)
+        run(*command, point, timeout=20)
+        assert not is_mounted(point)
+        assert inside.poll() is None
+        inside.kill()
+        inside.wait(10)
+        wait_until(lambda: not dfs_processes.is_alive(pid), "its process ends with the last who was inside")
 
 
 @pytest.mark.soak

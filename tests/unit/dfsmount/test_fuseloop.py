@@ -75,3 +75,16 @@ async def test_a_readable_descriptor_is_taken_at_once_but_others_get_their_turn(
     finally:
         os.close(reader)
         os.close(writer)
+
+
+async def test_an_ended_connection_is_noticed_without_waiting_for_it() -> None:
+    readiness = fuseloop.Readiness()
+    assert not readiness.is_ended()
+    reader, writer = os.pipe()
+    with trio.move_on_after(0):
+        await readiness.wait_readable(writer)
+    assert not readiness.is_ended()
+    # What poll(2) says of the writing end of a pipe without a reader, it says of an aborted /dev/fuse.
+    os.close(reader)
+    assert readiness.is_ended()
+    os.close(writer)
