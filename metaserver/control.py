@@ -22,7 +22,7 @@ from metaserver.members import Member, Members
 from metaserver.protocol import Heartbeat, HeartbeatReply, Register, Registered, ReplicaReport, ReportPage
 from metaserver.repair import Repair
 from metaserver.resume import Window
-from metaserver.schema import IdKind, Table, Transaction, server_key
+from metaserver.schema import IdKind, Transaction
 from metaserver.service import Service
 
 log = structlog.get_logger(__name__)
@@ -68,14 +68,10 @@ class Control:
         if self._service.tasks.removing(told.server):
             raise DfsError(ErrorCode.BUSY, f"server {told.server} is being removed: try again in a moment")
         self._check_rollback(told)
-        known = self._members.by_id.get(told.server)
-        row = self._members.register(told, self._clock.seconds)
+        member = self._members.register(told, self._clock.seconds)
         self._repair.restarted(told.server)
-        if (known is None or known.row != row) and not self._changes.refusing:
-            change = self._committer.change(
-                0, 0, lambda tx, _: tx.put(Table.SERVERS, server_key(told.server), row.pack()), frees=True
-            )
-            await self._committer.wait_durable(change.number)
+        if member.unsaved and not self._changes.refusing:
+            await self._committer.wait_durable(self._repair.keep(member))
         log.info("chunkserver registered", server=told.server, name=told.name, host=told.host, port=told.port)
         return Registered(self._cluster_id, self._committer.epoch, self._config.heartbeat_seconds)
 
@@ -181,9 +177,10 @@ class Control:
             log.info("chunkserver up", server=server, name=member.row.name)
             self._repair.survey(server)
             self._service.server_came_up()
-        if self._members.read_back(member, self._clock.seconds) and not self._changes.refusing:
+        if self._members.read_back(member, self._clock.seconds):
             log.info("chunkserver has read everything back", server=server, name=member.row.name)
-            with suppress(DfsError):  # no space: it is done again after the next start
+        if member.unsaved and not self._changes.refusing:
+            with suppress(DfsError):  # no space: it is tried again with the next heartbeat
                 self._repair.keep(member)
         taken = not new or await self._take_news(member, told)
         orders = [] if self._window.open or self._changes.refusing else self._repair.orders_for(server)

@@ -65,6 +65,8 @@ class Member(msgspec.Struct, eq=False):
     # Since when it is in sight: of the time before nobody knows what became of its disk.
     seen_since: float = 0.0
     scrub: ScrubStatus | None = None
+    # Its row is not what is stored: there was no space for it, perhaps.
+    unsaved: bool = False
 
     @property
     def usable(self) -> bool:
@@ -177,7 +179,7 @@ class Members:
                 where = f"server {other.server}, {other.row.host}:{other.row.data_path}"
                 raise DfsError(ErrorCode.BUSY, f"the name {told.name} is taken ({where}): give this server another")
 
-    def register(self, told: Register, now: float) -> Server:
+    def register(self, told: Register, now: float) -> Member:
         """Takes a (re)started server in; it is UP when its listing is complete and a heartbeat has come."""
         known = self.by_id.get(told.server)
         draining = known is not None and known.row.draining
@@ -199,8 +201,9 @@ class Members:
             open_there = (chunk for chunk in self.open_chunks.values() if told.server in chunk.servers)
             member.reserved = sum(chunk.reserved for chunk in open_there)
             row.was_lost = told.highest_chunk > 0
+        member.unsaved = known is None or known.unsaved or known.row != row
         self.by_id[told.server] = member
-        return row
+        return member
 
     def remove(self, server: int) -> None:
         """The server is no member any more."""
@@ -265,6 +268,7 @@ class Members:
     def _set_lost(self, member: Member, *, was_lost: bool) -> None:
         # Another row: whoever writes it compares it with what was written.
         member.row = msgspec.structs.replace(member.row, was_lost=was_lost)
+        member.unsaved = True
         member.verified.clear()
 
     def _move(self, member: Member, state: ServerState) -> None:

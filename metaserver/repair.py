@@ -160,10 +160,14 @@ class Repair:
         self.silent(server)
         self.survey(server)
 
-    def keep(self, member: Member) -> None:
-        """Writes what is known of a server down: that it was LOST outlives this process."""
+    def keep(self, member: Member) -> int:
+        """Writes what is known of a server down, so that it outlives this process; the number of the change."""
         row = member.row.pack()
-        self._committer.change(0, 0, lambda tx, _: tx.put(Table.SERVERS, server_key(member.server), row), frees=True)
+        change = self._committer.change(
+            0, 0, lambda tx, _: tx.put(Table.SERVERS, server_key(member.server), row), frees=True
+        )
+        member.unsaved = False
+        return change.number
 
     def removed(self, server: int) -> None:
         """The server is no member any more."""

@@ -4,17 +4,18 @@ Each of these began as a way to lose data that a review found.
 """
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio.testing
-from running_metaserver import Mount, Running, running
+from running_metaserver import FakeServer, Mount, Running, running
 from test_repair import Obedient, states, three, written
 
 from metaserver import protocol
-from metaserver.errors import ErrorCode
+from metaserver.changelog import LogFull
+from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import OrderKind, ReplicaReport, ReplicaState, ScrubStatus
 
 
@@ -204,3 +205,40 @@ async def test_that_a_server_was_lost_outlives_the_metaserver(
 
 async def mount_synced(metaserver: Running) -> None:
     await metaserver.committer.wait_durable(metaserver.committer.newest)
+
+
+async def test_that_a_server_was_lost_is_written_down_once_there_is_space(
+    data: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise LogFull
+
+    async with one_chunk(data, **QUICKLY_LOST) as (metaserver, _, world, chunk):
+        lost = min(states(metaserver, chunk))
+        with monkeypatch.context() as patch:
+            patch.setattr(metaserver.committer.log, "append", full)
+            world.stopped.add(lost)
+            with suppress(DfsError):
+                await world.run(60)
+            assert metaserver.parts.members.by_id[lost].was_lost
+        await world.servers[lost].start()
+        await mount_synced(metaserver)
+    async with running(data, window_seconds=1.0) as metaserver:
+        assert metaserver.parts.members.by_id[lost].was_lost
+
+
+async def test_a_server_that_there_was_no_space_for_is_taken_in_durably_later(
+    data: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise LogFull
+
+    async with running(data) as metaserver:
+        server = FakeServer(metaserver, 1, "host1", 1 << 30)
+        with monkeypatch.context() as patch:
+            patch.setattr(metaserver.committer.log, "append", full)
+            with pytest.raises(DfsError):
+                await server.start()
+        await server.start()
+    async with running(data) as metaserver:
+        assert list(metaserver.parts.members.by_id) == [1]
