@@ -23,6 +23,9 @@ from metaserver.protocol import DirectoryEntry, DirectoryPage, Opened
 
 CLOSE_SECONDS = 0.5
 CLOSE_BATCH = 500
+# Of a page of a thousand entries; about 0.5 MB.
+MAX_DOUBTED = 8192
+_NO_LIMIT = (1 << 64) - 1
 # An OPEN or a CLOSE that failed like this may have been carried out, or may yet be.
 UNKNOWN_OUTCOME = frozenset({ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE, ErrorCode.CANCELLED})
 
@@ -89,24 +92,54 @@ class FileHandle:
 class DirectoryHandle:
     """One opendir(3), with the page of entries being handed out: those with cookies from above ``after`` to ``last``.
 
-    ``end``: nothing comes after the page.
+    ``end``: nothing comes after the page. ``limit``: the highest cookie that belongs to this listing, None until the
+    metaserver has told it: entries that are made later, or moved, get higher ones, and a program that renames all it
+    is shown would otherwise be shown the new names, and never come to an end.
+    ``_doubted`` are inodes of which this mount knows nothing any more, but may have known something newer than the
+    page; None: they are too many to name.
     """
 
-    __slots__ = ("after", "asked_at", "end", "entries", "ino", "last")
+    __slots__ = ("_doubted", "after", "asked_at", "end", "entries", "ino", "last", "limit")
 
     def __init__(self, ino: int) -> None:
         self.ino = ino
+        self._doubted: set[int] | None = set()
+        self.rewind()
+
+    def rewind(self) -> None:
+        """The listing begins anew, with what is there then."""
+        self.limit: int | None = None
+        self.forget_page()
+
+    def forget_page(self) -> None:
+        """Another is going to be asked for."""
         self.entries: Sequence[DirectoryEntry] = ()
         self.after = self.last = -1
         self.end = False
         self.asked_at = 0.0
+        self._doubted = set()
+
+    def doubt(self, ino: int) -> None:
+        """This mount forgets an inode of which it may have known something newer than the page tells, or than the page
+        that is on its way."""
+        if self._doubted is not None:
+            self._doubted.add(ino)
+            if len(self._doubted) > MAX_DOUBTED:
+                self._doubted = None
+
+    def doubts(self, ino: int) -> bool:
+        """Whether what the page tells of an inode may be outdated, and nothing else tells."""
+        return self._doubted is None or ino in self._doubted
 
     def fill(self, after: int, page: DirectoryPage, asked_at: float) -> None:
         """Takes the page that follows ``after``. Entries without attributes went away while it was read."""
-        self.entries = [entry for entry in page.entries if entry.attributes is not None]
+        if self.limit is None:
+            self.limit = page.last or _NO_LIMIT
+        limit = self.limit
+        self.entries = [entry for entry in page.entries if entry.attributes is not None and entry.cookie <= limit]
         self.after = after
         self.last = page.entries[-1].cookie if page.entries else after
-        self.end = page.end
+        self.end = page.end or self.last >= limit
         self.asked_at = asked_at
 
     def rest(self, cookie: int) -> Iterator[DirectoryEntry] | None:
@@ -157,6 +190,11 @@ class HandleTable:
         if handle is None:
             raise DfsError(ErrorCode.INVALID, f"no open directory {number}")
         return handle
+
+    def doubt(self, ino: int) -> None:
+        """To every directory that is being listed: see :meth:`DirectoryHandle.doubt`."""
+        for directory in self._directories.values():
+            directory.doubt(ino)
 
     def remove_file(self, number: int) -> FileHandle | None:
         return self._files.pop(number, None)

@@ -198,6 +198,7 @@ class InodeTable:
         unneeded = (ino for ino, inode in self._inodes.items() if inode.opened is None and inode.believed_until < now)
         for ino in list(islice(unneeded, wanted)):
             del self._inodes[ino]
+            self._left(ino)
 
     def drop_unused(self, inode: Inode) -> None:
         """Forgets an inode that neither the kernel nor an open file refers to, and of which nothing is left to tell."""

@@ -82,7 +82,7 @@ class Core:
         self.options = options
         self._run_sync = run_sync
         self.foreseen = Foreseen(options.attr_timeout, trio.current_time)
-        self.inodes = InodeTable(options.attr_timeout, left=self.foreseen.forget_inode)
+        self.inodes = InodeTable(options.attr_timeout, left=self._inode_left)
         self.files = OpenFiles(self.inodes)
         self.handles = HandleTable()
         self.fresh = FreshDirectories()
@@ -92,6 +92,11 @@ class Core:
         self.losses = 0
         self._doubted_contents: set[int] = set()
         self._doubts = trio.Event()
+
+    def _inode_left(self, ino: int) -> None:
+        """From now on nothing tells that answers which came before may be outdated."""
+        self.foreseen.forget_inode(ino)
+        self.handles.doubt(ino)
 
     # -- learning and showing ----------------------------------------------------------------------------------
 

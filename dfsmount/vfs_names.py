@@ -8,7 +8,7 @@ import msgspec
 
 from dfsmount.foreseen import Wanted
 from dfsmount.handles import DirectoryHandle
-from dfsmount.inodes import Inode
+from dfsmount.inodes import NEVER, Inode
 from dfsmount.vfs_core import Core, Shown
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import (
@@ -219,7 +219,7 @@ class Names:
         """
         handle = self._core.handles.directory(number)
         if start == 0:
-            handle.fill(0, DirectoryPage((), False), 0.0)
+            handle.rewind()
             dots = [_dot(handle.ino, b".", COOKIE_DOT), await self._dot_dot(handle.ino)]
             return chain(dots, await self._entries(handle, 0))
         if start == COOKIE_DOT:
@@ -238,6 +238,7 @@ class Names:
         return self._listed(handle, rest)
 
     async def _fetch(self, handle: DirectoryHandle, cookie: int) -> None:
+        handle.forget_page()
         asked_at = self._core.inodes.now()
         try:
             page = await self._core.remote.read_directory(handle.ino, cookie, PAGE_ENTRIES)
@@ -253,6 +254,9 @@ class Names:
         for entry in entries:
             assert entry.attributes is not None
             inode = core.inodes.peek(entry.attributes, handle.asked_at)
+            if handle.doubts(entry.ino):
+                # The name may be gone: the kernel asks before it believes in it.
+                inode.believed_until = NEVER
             if entry.type == _DIRECTORY_TYPE:
                 inode.parent = handle.ino
             yield Listed(entry.name, entry.cookie, core.show(inode), inode)

@@ -307,8 +307,12 @@ class ReadDirectory(Message):
 
 
 class DirectoryPage(Message):
+    """``end``: there is nothing after it. ``last``: the highest cookie given out in this directory so far; what is made
+    later has a higher one, so that a listing can end although others go on making entries. 0: not told."""
+
     entries: tuple[DirectoryEntry, ...]
     end: bool
+    last: int = 0
 
 
 class Make(Message):

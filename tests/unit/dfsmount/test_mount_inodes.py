@@ -102,8 +102,10 @@ def test_what_is_peeked_at_stays_out_until_adopted(table: InodeTable) -> None:
     assert seen.lookups == 2
 
 
-def test_very_many_inodes_are_trimmed(table: InodeTable, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_very_many_inodes_are_trimmed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dfsmount.inodes.MAX_INODES", 100)
+    left: list[int] = []
+    table = InodeTable(1.0, clock=clock, left=left.append)
     for ino in range(100):
         table.learn(with_(ino=ino), asked_at=100.0).lookups = 1
     clock.now = 102.0
@@ -118,5 +120,6 @@ def test_very_many_inodes_are_trimmed(table: InodeTable, clock: Clock, monkeypat
     assert len(table) == 90
     assert table.get(3) is opened
     assert table.get(4) is None
+    assert sorted(left) == [*range(3), *range(4, 51)], "what is told of them may be outdated from now on"
     assert all(table.get(ino) is not None for ino in range(100, 140)), "these are believed"
     table.forget(4, 1)

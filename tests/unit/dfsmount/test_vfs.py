@@ -100,6 +100,44 @@ async def test_a_listing_can_be_continued_anywhere_and_sees_removals(a: TestMoun
     assert next(entry.name for entry in await a.names.list_directory(handle, listed[0].cookie)) == b".."
 
 
+async def test_a_listing_ends_although_all_it_shows_is_renamed(
+    a: TestMount, b: TestMount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is made or moved later belongs to the next listing."""
+    monkeypatch.setattr("dfsmount.vfs_names.PAGE_ENTRIES", 2)
+    for number in range(4):
+        await a.mkdir(b"%d" % number)
+    handle = a.names.open_directory(a.root)
+    cookie, found = 0, []
+    for turn in range(20):
+        listed = next(await a.names.list_directory(handle, cookie), None)
+        if listed is None:
+            break
+        cookie = listed.cookie
+        if listed.inode is not None:
+            found.append(listed.name)
+            await (a, b)[turn % 2].names.rename(a.root, listed.name, a.root, b"new-" + listed.name, 0)
+            await b.mkdir(b"more-" + listed.name)
+    assert found == [b"0", b"1", b"2", b"3"]
+    assert (await a.list())[2:] == [prefix + name for name in found for prefix in (b"new-", b"more-")]
+
+
+async def test_a_page_of_a_listing_brings_no_removed_name_back(a: TestMount) -> None:
+    """The kernel has given back the inode, so that nothing but the listing remembers that the page is outdated."""
+    for number in range(5):
+        await a.mkdir(b"%d" % number)
+    handle = a.names.open_directory(a.root)
+    first = next(await a.names.list_directory(handle, 0))
+    gone = await a.stat(b"3")
+    await a.names.unlink(a.root, b"3", directory=True)
+    a.vfs.forget(gone.ino, 2)
+    assert a.core.inodes.get(gone.ino) is None
+    shown = {entry.name: entry.shown for entry in await a.names.list_directory(handle, first.cookie)}
+    if b"3" in shown:
+        assert (shown[b"3"].entry_seconds, shown[b"3"].attr_seconds) == (0.0, 0.0)
+    assert shown[b"4"].entry_seconds > 0
+
+
 async def test_dots_know_where_they_are(a: TestMount) -> None:
     outer = await a.mkdir(b"outer")
     inner = await a.mkdir(b"inner", outer)
