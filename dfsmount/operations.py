@@ -72,6 +72,7 @@ def _bounded(kind: Kind, *, second: int = 0) -> Callable[[Handler[P, R]], Handle
             operation = waiting.begin(kind, name, *self._asked(arguments, second))
             try:
                 with operation.scope:
+                    operation.arguments = arguments
                     operation.work = handler(self, *arguments, **named)
                     return await operation.work
                 waiting.failed(operation)

@@ -21,8 +21,8 @@ take them all, no more than ``limit`` of each kind may be in progress; further o
 
 import errno
 import math
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
 from types import CodeType
@@ -52,6 +52,8 @@ CHAIN_END_SECONDS = 2.5
 # Beyond, who waits is looked at: has it been killed?
 KILLED_AFTER_SECONDS = 0.5
 LOOK_SECONDS = 1.0
+# Looking takes no more than one part in so many of the time.
+LOOK_SHARE = 20
 
 
 class Kind(IntEnum):
@@ -67,12 +69,13 @@ class Operation:
 
     The task's own coroutine would not do: it is pyfuse3's, which does not tell what it awaits. ``subject`` is an inode,
     ``also`` another one (0: none); ``thread`` is whose system call it is, 0 where the kernel's request does not tell
-    us. ``errno`` is what it ends with if it is cancelled; ``begun`` when its chain began, and ``link`` its place there.
+    us. ``arguments`` are the handler's. ``errno`` is what it ends with if it is cancelled; ``begun`` when its chain
+    began, and ``link`` its place there.
     """
 
     __slots__ = (
-        "also", "begun", "errno", "kind", "link", "logged", "name", "scope", "serial", "started", "subject", "thread",
-        "work",
+        "also", "arguments", "begun", "errno", "kind", "link", "logged", "name", "scope", "serial", "started",
+        "subject", "thread", "work",
     )  # fmt: skip
 
     def __init__(
@@ -90,6 +93,20 @@ class Operation:
         self.errno = errno.EIO
         self.scope = trio.CancelScope()
         self.work: Coroutine[Any, Any, Any] | None = None
+        self.arguments: Sequence[Any] = ()
+
+    def is_part_of(self, inode: int, operations: Sequence[str], start: int, stop: int) -> bool:
+        """Whether it may be a request of a system call about the bytes from ``start`` to ``stop`` of an open file."""
+        if self.subject != inode or self.name not in operations:
+            return False
+        first, last = self._span()
+        return first < stop and last > start
+
+    def _span(self) -> tuple[int, int]:
+        if self.name not in ("read", "write"):
+            return 0, 1
+        _, offset, what = self.arguments
+        return offset, offset + (what if self.name == "read" else len(what))
 
     def chains(self) -> Iterator[tuple[str, int]]:
         """What it has in common with others that wait for each other, as far as can be told."""
@@ -143,7 +160,7 @@ class Waiting:
         self._clock = clock
         self._is_killed = is_killed
         self._victims = victims
-        self._looked_at = -math.inf
+        self._look_at = -math.inf
         self._counts = [0] * len(Kind)
         self._operations: dict[int, Operation] = {}
         self._given_up: dict[tuple[str, int], GivenUp] = {}
@@ -167,8 +184,8 @@ class Waiting:
     def _continue(self, operation: Operation) -> None:
         """Gives an operation that belongs to a chain what is left of its time."""
         now = operation.started
-        self._given_up = {key: last for key, last in self._given_up.items() if self._goes_on(last, now)}
-        found = [self._given_up[key] for key in operation.chains() if key in self._given_up]
+        known = [self._given_up.get(key) for key in operation.chains()]
+        found = [last for last in known if last is not None and self._goes_on(last, now)]
         if not found:
             return
         last = min(found)
@@ -204,6 +221,7 @@ class Waiting:
     def sweep(self) -> None:
         """Logs what waits long, once each, and cancels what waits too long. Ids ascend, so the oldest come first."""
         now = self._clock()
+        self._given_up = {key: last for key, last in self._given_up.items() if self._goes_on(last, now)}
         for operation in self._older_than(KILLED_AFTER_SECONDS, now):
             waited = now - operation.started
             if waited >= self._long_wait_seconds and not operation.logged:
@@ -218,9 +236,11 @@ class Waiting:
             if waited >= self._deadline_seconds and not operation.scope.cancel_called:
                 log.error("operation given up", operation=operation.name, subject=operation.subject)
                 operation.scope.cancel()
-        if now >= self._looked_at + LOOK_SECONDS:
-            self._looked_at = now
+        if now >= self._look_at:
             self._end_killed([*self._older_than(KILLED_AFTER_SECONDS, now)])
+            # With very many processes it takes long, and everybody waits meanwhile.
+            took = self._clock() - now
+            self._look_at = now + max(LOOK_SECONDS, took * LOOK_SHARE)
 
     def _older_than(self, seconds: float, now: float) -> Iterator[Operation]:
         for operation in self._operations.values():
@@ -236,12 +256,15 @@ class Waiting:
         unknown = [operation for operation in operations if not operation.thread]
         if not unknown:
             return
-        for victim in self._victims():
-            for operation in unknown:
-                if operation.subject == victim.inode and operation.name in victim.operations:
-                    unknown.remove(operation)
+        threads = {operation.thread for operation in self._operations.values()}
+        # Who waits for a request that says whose it is waits for no other.
+        victims = [victim for victim in self._victims() if victim.thread not in threads]
+        for request, count in Counter(victim.request for victim in victims).items():
+            concerned = [operation for operation in unknown if operation.is_part_of(*request)]
+            # Where it might be another's, nobody's ends.
+            if len(concerned) <= count:
+                for operation in concerned:
                     self._interrupt(operation)
-                    break
 
     def _interrupt(self, operation: Operation) -> None:
         if not operation.scope.cancel_called:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,8 @@ TIMEOUT_SECONDS = 3
 # What a system call may take beyond the time-out (35 s at the default of 30), and what a busy machine adds.
 MORE_SECONDS = 5
 SLACK_SECONDS = 3
+# After a restart of the metaserver.
+RESUME_SECONDS = 10
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +207,107 @@ def test_hard_waits_until_the_process_is_killed(lonely: RealCluster, prepared: s
             run("umount", "-i", "--force", point)
             assert not is_mounted(point)
             end(pid)
+
+
+def test_whoever_waits_behind_a_killed_process_notices_nothing(lonely: RealCluster, prepared: str) -> None:
+    """The kernel lets one after the other write or sync a file. The second is killed; the request is of the first."""
+    point = lonely.root / prepared
+    with mounted(lonely, point, "hard"):
+        files = [(point / prepared / name).open("r+b", buffering=0) for name in ("fsync", "write_sync")]
+        for file in files:
+            file.write(b"dirty")
+        synchronous = os.open(point / prepared / "write_sync", os.O_WRONLY | os.O_SYNC)
+
+        def sync() -> None:
+            os.fsync(files[0].fileno())
+
+        def write() -> None:
+            os.write(synchronous, b"written")
+
+        with frozen(lonely):
+            first = [every_call.start(call) for call in (sync, write)]
+            time.sleep(1)
+            second = [every_call.start(call) for call in (sync, write)]
+            time.sleep(1)
+            for pid in second:
+                os.kill(pid, signal.SIGKILL)
+            # They are looked at more than once.
+            time.sleep(3.5)
+            assert [os.waitpid(pid, os.WNOHANG)[0] for pid in first] == [0, 0]
+        assert [os.waitpid(pid, 0)[1] for pid in first] == [0, 0]
+        assert [os.waitpid(pid, 0)[1] for pid in second] == [signal.SIGKILL] * 2
+        os.close(synchronous)
+        for file in files:
+            file.close()
+
+
+class Load(threading.Thread):
+    """Names, data and attributes without end; the longest step, and what went wrong."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        folder.mkdir()
+        self.folder = folder
+        self.steps = 0
+        self.longest = 0.0
+        self.error: OSError | None = None
+        self.stopping = False
+
+    def run(self) -> None:
+        try:
+            while not self.stopping:
+                for step in (self.write, self.look, self.move, self.remove):
+                    started = time.monotonic()
+                    step()
+                    self.longest = max(self.longest, time.monotonic() - started)
+                    self.steps += 1
+        except OSError as error:
+            self.error = error
+
+    def write(self) -> None:
+        with (self.folder / "new").open("wb") as file:
+            file.write(b"content" * 1000)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def look(self) -> None:
+        assert (self.folder / "new").stat().st_size == 7000
+        assert os.listdir(self.folder) == ["new"]
+        (self.folder / "new").chmod(0o600)
+
+    def move(self) -> None:
+        (self.folder / "new").rename(self.folder / "other")
+        assert (self.folder / "other").read_bytes() == b"content" * 1000
+
+    def remove(self) -> None:
+        (self.folder / "directory").mkdir()
+        (self.folder / "other").unlink()
+        (self.folder / "directory").rmdir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_restart_of_the_metaserver_is_a_short_delay(lonely: RealCluster, number: signal.Signals) -> None:
+    (lonely.mnt / number.name).mkdir()
+    loads = [Load(lonely.mnt / number.name / str(name)) for name in range(4)]
+    for load in loads:
+        load.start()
+    try:
+        wait_until(lambda: all(load.steps > 8 or load.error for load in loads), "all work")
+        lonely.kill("metaserver", number)
+        lonely.up()
+        back = [load.steps for load in loads]
+        wait_until(
+            lambda: all(load.steps > steps + 1 or load.error for load, steps in zip(loads, back, strict=True)),
+            "all work again",
+            RESUME_SECONDS,
+        )
+    finally:
+        for load in loads:
+            load.stopping = True
+        for load in loads:
+            load.join(60)
+    assert [load.error for load in loads] == [None] * 4
+    assert max(load.longest for load in loads) < RESUME_SECONDS + SLACK_SECONDS
 
 
 @contextmanager

@@ -160,23 +160,86 @@ async def test_an_error_that_is_an_answer_begins_no_chain(autojump_clock: object
 # -- killed processes ----------------------------------------------------------------------------------------------
 
 
-async def test_what_killed_processes_wait_for_is_ended(nursery: trio.Nursery, autojump_clock: object) -> None:
-    dead, victims = {7}, [Victim(5, ("write",)), Victim(6, ("fsync",))]
-    waiting = Waiting(3600, is_killed=dead.__contains__, victims=lambda: victims)
-    ended: dict[tuple[str, int, int], int] = {}
+Asked = tuple[str, int, int, tuple[object, ...]]
 
-    async def wait(name: str, subject: int, thread: int) -> None:
+
+async def interrupted(waiting: Waiting, nursery: trio.Nursery, asked: list[Asked]) -> list[int]:
+    """Which of ``asked`` (name, inode, thread, arguments) have ended with EINTR after some seconds."""
+    ended: dict[int, int] = {}
+
+    async def wait(number: int, name: str, subject: int, thread: int, arguments: tuple[object, ...]) -> None:
         operation = waiting.begin(Kind.WRITING, name, subject, thread)
+        operation.arguments = arguments
         try:
             with operation.scope:
                 await trio.sleep_forever()
-            ended[name, subject, thread] = operation.errno
+            ended[number] = operation.errno
         finally:
             waiting.end(operation)
 
-    asked = [("lookup", 1, 7), ("lookup", 1, 8), ("write", 5, 0), ("fsync", 5, 0), ("write", 6, 0), ("fsync", 6, 0)]
-    for words in asked:
-        nursery.start_soon(wait, *words)
+    for number, words in enumerate(asked):
+        nursery.start_soon(wait, number, *words)
     nursery.start_soon(waiting.watch)
     await trio.sleep(5)
-    assert ended == dict.fromkeys([("lookup", 1, 7), ("write", 5, 0), ("fsync", 6, 0)], errno.EINTR)
+    assert set(ended.values()) <= {errno.EINTR}
+    return sorted(ended)
+
+
+async def test_what_killed_processes_wait_for_is_ended(nursery: trio.Nursery, autojump_clock: object) -> None:
+    dead, victims = {7}, [Victim(20, 5, ("write",), 100, 200), Victim(21, 6, ("fsync",))]
+    waiting = Waiting(3600, limit=10, is_killed=dead.__contains__, victims=lambda: victims)
+    asked: list[Asked] = [
+        ("lookup", 1, 7, (1, b"a")), ("lookup", 1, 8, (1, b"a")),
+        ("write", 5, 0, (1, 100, bytes(100))), ("fsync", 5, 0, (1, False)),
+        ("write", 6, 0, (2, 0, bytes(9))), ("fsync", 6, 0, (2, False)),
+    ]  # fmt: skip
+    assert await interrupted(waiting, nursery, asked) == [0, 2, 5]
+
+
+async def test_pages_that_the_kernel_writes_are_nobodys(nursery: trio.Nursery, autojump_clock: object) -> None:
+    waiting = Waiting(3600, limit=10, victims=lambda: [Victim(20, 5, ("write",), 5000, 5100)])
+    asked: list[Asked] = [("write", 5, 0, (1, 8192, bytes(4096))), ("write", 5, 0, (2, 5000, bytes(100)))]
+    assert await interrupted(waiting, nursery, asked) == [1]
+
+
+async def test_where_it_may_be_anothers_nobodys_ends(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """Two read the same bytes past the page cache."""
+    victims = [Victim(20, 5, ("read",), 0, 4096)]
+    waiting = Waiting(3600, limit=10, victims=lambda: victims)
+    asked: list[Asked] = [("read", 5, 0, (1, 0, 4096)), ("read", 5, 0, (2, 0, 4096))]
+    assert await interrupted(waiting, nursery, asked) == []
+    victims.append(Victim(21, 5, ("read",), 0, 4096))
+    await trio.sleep(2)
+    assert len(waiting) == 0
+
+
+async def test_who_waits_for_its_own_request_ends_no_other(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """The kernel asks for an attribute before it writes; meanwhile it writes pages of the same file."""
+
+    # It ends when it is told.
+    def victims() -> list[Victim]:
+        return [Victim(20, 5, ("write",), 0, 1 << 64)] if len(waiting) == 2 else []
+
+    waiting = Waiting(3600, limit=10, is_killed={20}.__contains__, victims=victims)
+    asked: list[Asked] = [("getxattr", 5, 20, (5, b"security.capability")), ("write", 5, 0, (1, 0, bytes(4096)))]
+    assert await interrupted(waiting, nursery, asked) == [0]
+
+
+async def test_looking_for_killed_processes_takes_a_small_share_of_the_time(
+    nursery: trio.Nursery, autojump_clock: object
+) -> None:
+    now, looks = Now(), 0
+
+    def look() -> list[Victim]:
+        nonlocal looks
+        looks += 1
+        now.seconds += 0.5
+        return []
+
+    waiting = Waiting(3600, clock=now, victims=look)
+    operation = waiting.begin(Kind.READING, "read", 5)
+    for _ in range(100):
+        now.seconds += 0.5
+        waiting.sweep()
+    assert 4 <= looks <= 6
+    waiting.end(operation)
