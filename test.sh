@@ -45,8 +45,9 @@ check "ruff check" "$VENV/bin/ruff" check .
 check "ruff format" "$VENV/bin/ruff" format --check .
 check "mypy --strict" "$VENV/bin/mypy"
 check "layering" pytest -q tests/test_layering.py
-check "tests without a mount" pytest -q -m "not mount and not soak" --deselect tests/test_layering.py tests
-check "tests on a real mount" pytest -q -m "mount and not soak" tests
+check "tests without a mount" pytest -q -n 2 --dist loadfile -m "not mount and not soak" --deselect tests/test_layering.py tests
+# Three at a time: most of their time they wait for processes, or for time to pass.
+check "tests on a real mount" pytest -q -n 3 --dist loadfile -m "mount and not soak" tests
 
 printf "\n== summary\n"
 for index in "${!names[@]}"; do

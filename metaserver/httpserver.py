@@ -230,6 +230,9 @@ class _Lingering:
 
         async def sending(message: Message) -> None:
             nonlocal answered
+            if message["type"] == "http.response.start" and not received and _has_body(scope):
+                # The client must not send its next request to a connection that ends.
+                message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
             if message["type"] != "http.response.body" or message.get("more_body", False):
                 await send_on(message)
                 return
@@ -252,6 +255,13 @@ class _Lingering:
             await self._app(scope, receiving, sending)
         if not answered and not received:
             await send_last(None)
+
+
+def _has_body(scope: Scope) -> bool:
+    """Whether a request of HTTP/1 has a body: a later version neither ends the connection nor has such a header."""
+    headers = dict(scope["headers"])
+    chunked = b"transfer-encoding" in headers
+    return scope["http_version"].startswith("1") and (chunked or headers.get(b"content-length", b"0") != b"0")
 
 
 def _is_last(message: Message) -> bool:

@@ -25,7 +25,8 @@ SECONDS = 280
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "PIP_", "PYTHON"))},
     "LC_ALL": "C",
-    "HOME": "/nonexistent",
+    # Where nothing can be made.
+    "HOME": "/proc",
     "GIT_CONFIG_GLOBAL": "/dev/null",
     "GIT_CONFIG_SYSTEM": "/dev/null",
     **{f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},

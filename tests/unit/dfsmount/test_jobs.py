@@ -27,7 +27,7 @@ async def test_what_is_started_before_and_while_it_runs() -> None:
 
 
 async def test_who_is_cancelled_at_the_same_time_may_ask_and_nothing_happens() -> None:
-    """A create that is cancelled by the unmount starts a task; the nursery for it is closed (simulation, seed 20447)."""
+    """A create cancelled by the unmount starts a task, whose nursery is closed by then (simulation, seed 20447)."""
     jobs = Jobs()
     ran = []
 

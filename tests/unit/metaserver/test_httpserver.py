@@ -131,6 +131,24 @@ async def test_an_answer_before_the_end_of_a_body_ends_the_connection(token: str
                     both.start_soon(receive, stream)
         nursery.cancel_scope.cancel()
     assert received.startswith(b"HTTP/1.1 ")
+    # Whoever does not send another megabyte has to know, too.
+    assert b"\r\nconnection: close\r\n" in received.partition(b"\r\n\r\n")[0].lower() + b"\r\n"
+
+
+async def test_an_answer_to_a_request_without_a_body_keeps_the_connection() -> None:
+    async with trio.open_nursery() as nursery:
+        port = await nursery.start(httpserver.run_http, httpserver.protected(ROUTES, KEY), "127.0.0.1", 0)
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        async with stream:
+            for _ in range(3):
+                await stream.send_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                received = b""
+                with trio.fail_after(30):
+                    while not received.endswith(b"}"):
+                        received += await stream.receive_some(65536)
+                assert received.startswith(b"HTTP/1.1 200")
+                assert b"connection: close" not in received.lower()
+        nursery.cancel_scope.cancel()
 
 
 async def test_port_in_use() -> None:
