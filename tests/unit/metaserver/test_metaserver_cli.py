@@ -1,5 +1,6 @@
 """The command line as an operator meets it: real processes, one line for each failure, and a clean end."""
 
+import logging
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 import trio
 from typer.testing import CliRunner
 
@@ -265,7 +267,11 @@ def test_a_start_on_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest
         raise StoreFull
 
     monkeypatch.setattr(Store, "write", refuse)
+    handlers = logging.getLogger().handlers[:]
     done = CliRunner().invoke(cli.app, ["--data", str(tmp_path / "data"), *ANYWHERE])
+    # What it has set up writes to what is closed by now: all tests after this one would fail.
+    structlog.reset_defaults()
+    logging.getLogger().handlers[:] = handlers
     assert done.exit_code == 1
     assert "Traceback" not in done.output
     assert "the metaserver's disk is full: make some space" in done.output
