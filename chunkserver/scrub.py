@@ -70,6 +70,8 @@ class Saved(msgspec.Struct, forbid_unknown_fields=True):
     began_ns: int
     last_ended_ns: int = 0
     last_seconds: float = 0.0
+    # Replicas of this pass that could not be read for a reason that is not theirs.
+    skipped: int = 0
 
 
 def cost(replica: Replica) -> int:
@@ -177,6 +179,7 @@ class Scrubber:
         state = self._state
         if self._restart or not state.began_ns:
             state.position, state.done_bytes, state.began_ns = -1, 0, self._table.now_ns()
+            state.skipped = 0
         number = self._running = self._completed + 1
         asked = self._restart
         self._restart, self._wake, self._damaged = False, trio.Event(), []
@@ -196,11 +199,19 @@ class Scrubber:
             await self._ended()
 
     async def _ended(self) -> None:
-        """What has read nothing says nothing of what is there: it is not the last pass that is shown."""
+        """What has read nothing, or not everything, says nothing of what is there: it is not the last pass that is
+        shown."""
         state, now_ns = self._state, self._table.now_ns()
         if not state.done_bytes:
             log.info("there was nothing to scrub")
             state.position, state.began_ns = -1, 0
+            return
+        if state.skipped:
+            log.warning("not everything could be scrubbed; trying again", replicas=state.skipped)
+            state.position, state.done_bytes, state.began_ns, state.skipped = -1, 0, 0, 0
+            self._count_left()
+            await self._save()
+            await self._rest(EMPTY_SECONDS)
             return
         state.last_seconds, state.last_ended_ns = max(0.0, (now_ns - state.began_ns) / _NS), now_ns
         log.info(
@@ -228,6 +239,7 @@ class Scrubber:
         except DfsError as error:
             if error.code is ErrorCode.UNAVAILABLE:  # it is this process that is short of something
                 log.warning("a replica could not be scrubbed", chunk=f"{replica.chunk:x}", reason=error.text)
+                self._state.skipped += 1
             elif error.code is not ErrorCode.NO_SUCH_CHUNK:  # deleted meanwhile
                 self._note(replica, error.text)
             return

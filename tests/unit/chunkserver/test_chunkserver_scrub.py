@@ -16,6 +16,7 @@ from chunkserver import checked, chunkfile, node, scrub
 from chunkserver.chunkfile import ENTRY_BYTES, INDEX_OFFSET, PAYLOAD_OFFSET
 from chunkserver.disk import File, LocalDisk
 from chunkserver.scrub import Saved, Scrubber, ScrubOptions, rate
+from metaserver.errors import DfsError, ErrorCode
 
 MIB = 1 << 20
 EPOCH_NS = 1_700_000_000 * 10**9
@@ -318,3 +319,28 @@ async def test_a_pass_over_nothing_does_not_count_as_one(start: Start, autojump_
         await trio.sleep(2 * scrub.EMPTY_SECONDS + 10)
         assert opened(started) == [1]
         assert found.status().last_pass_seconds > 0
+
+
+async def test_a_pass_that_could_not_read_everything_does_not_count_as_one(
+    start: Start, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too few descriptors, or no memory: nothing is known of the replica, good or bad."""
+    async with start() as started:
+        await sealed(started, 1)
+        await sealed(started, 2)
+        reads = started.store.reads
+        verify, short = reads.verify_slice, [True]
+
+        async def verify_slice(replica: Any, found: Any) -> bool:
+            if replica.chunk == 2 and short[0]:
+                raise DfsError(ErrorCode.UNAVAILABLE, "too many open files")
+            return await verify(replica, found)
+
+        monkeypatch.setattr(reads, "verify_slice", verify_slice)
+        await trio.sleep(scrub.FIRST_SECONDS + 10)
+        status = scrubber(started).status()
+        assert (status.last_pass_seconds, status.bad) == (0.0, 0)
+        short[0] = False
+        await trio.sleep(2 * scrub.EMPTY_SECONDS + 600)
+        assert scrubber(started).status().last_pass_seconds > 0
+        assert scrubber(started).status().bad == 0
