@@ -16,7 +16,7 @@ import mmap
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, Protocol
 
 from metaserver.wire import Buffer
@@ -192,6 +192,17 @@ def _no_step(_: str) -> None:
     pass
 
 
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Has an ``OSError`` say which file it is about: a call on a descriptor does not tell."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, path) from error
+
+
 class LocalDisk:
     """A :class:`Disk` below a directory of the local filesystem, which must exist."""
 
@@ -234,7 +245,8 @@ class LocalDisk:
     def sync_directory(self, path: str) -> None:
         descriptor = os.open(self._full(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(descriptor)
+            with _naming(self._full(path)):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -247,7 +259,7 @@ class LocalDisk:
 
     def read_small(self, path: str) -> bytes | None:
         try:
-            with open(self._full(path), "rb") as file:
+            with _naming(self._full(path)), open(self._full(path), "rb") as file:
                 return file.read(1 << 20)
         except FileNotFoundError:
             return None
@@ -256,7 +268,7 @@ class LocalDisk:
         # The file that is replaced is kept as the next temporary one: on a full disk its block is all there is.
         temporary, old = path + ".new", path + ".old"
         descriptor = os.open(self._full(temporary), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
+        with _naming(self._full(temporary)), os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             file.truncate()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import structlog
 
-from metaserver.files import Files, is_full
+from metaserver.files import Files, is_full, naming
 from metaserver.logrecord import (
     ALIGNMENT,
     FIRST_RECORD,
@@ -214,7 +214,7 @@ def _used_bytes(segment: KeptSegment) -> int | None:
     found = segment.path.stat()
     if found.st_blocks * 512 <= found.st_size - FIRST_RECORD:
         return None
-    with segment.path.open("rb") as file:
+    with naming(segment.path), segment.path.open("rb") as file:
         file.seek(max(0, found.st_size - FIRST_RECORD))
         if file.read().strip(b"\0"):
             return None
@@ -336,13 +336,14 @@ class Changelog:
             segment = self._rotate(len(record))
             record = encode_record(segment.seed, self._epoch, number, durable, session, operation, time_ns, rows)
         try:
-            self._files.append(segment.descriptor, record, segment.end)
+            with naming(segment.path):
+                self._files.append(segment.descriptor, record, segment.end)
         except OSError as error:
             if is_full(error):
                 # Blocks set aside are no promise where they are copied when written. What part of the record is there
                 # is overwritten by the next one, or cut off by the next start.
                 raise LogFull from error
-            raise _naming(error, segment.path) from error
+            raise
         segment.end += len(record)
         self.appended += len(record)
         if not segment.first:
@@ -373,10 +374,8 @@ class Changelog:
     def sync(self, batch: tuple[tuple[OpenSegment, int], ...]) -> None:
         """Syncs segments; raises ``OSError``, after which the log must not be used any more."""
         for segment, _ in batch:
-            try:
+            with naming(segment.path):
                 self._files.sync(segment.descriptor)
-            except OSError as error:
-                raise _naming(error, segment.path) from error
 
     def synced(self, batch: tuple[tuple[OpenSegment, int], ...]) -> None:
         """Segments that are full are done with, unless they were appended to while they were synced. Only for whoever
@@ -401,11 +400,6 @@ class Changelog:
             if segment is not None:
                 self._files.close(segment.descriptor)
         self._unsynced.clear()
-
-
-def _naming(error: OSError, path: Path) -> OSError:
-    """The same with the file's name: a call on a descriptor does not tell."""
-    return OSError(error.errno, error.strerror, str(path))
 
 
 def _ends_by(segment: KeptSegment, following: KeptSegment, position: Position) -> bool:

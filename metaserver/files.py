@@ -11,8 +11,8 @@ Names announced: ``changelog:before-write``, ``changelog:after-write``, ``change
 import ctypes
 import errno
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # What the disk says when it is full, or the user's share of it.
@@ -25,6 +25,17 @@ _fallocate = ctypes.CDLL(None).fallocate
 
 def no_step(_: str) -> None:
     """Nobody listens."""
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Has an ``OSError`` say which file it is about: a call on a descriptor does not tell."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class Files:
@@ -94,7 +105,8 @@ class Files:
         """Makes a file that only takes up space; if there is not enough, there is no such file afterwards."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            self._allocate(descriptor, size)
+            with naming(path):
+                self._allocate(descriptor, size)
         except BaseException:
             self._remove(path)
             raise
@@ -134,13 +146,14 @@ class Files:
         After a sync has failed the kernel takes what it could not write for written: it is still read, from memory, and
         the next sync succeeds although the disk does not have it. Only what is written again is tried again.
         """
-        data = path.read_bytes().rstrip(b"\0")
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self._write(descriptor, data, 0)
-        finally:
-            os.close(descriptor)
-        self.sync_path(path)
+        with naming(path):
+            data = path.read_bytes().rstrip(b"\0")
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                self._write(descriptor, data, 0)
+            finally:
+                os.close(descriptor)
+            self.sync_path(path)
 
     def close(self, descriptor: int) -> None:
         os.close(descriptor)
@@ -148,7 +161,8 @@ class Files:
     def sync_directory(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(descriptor)
+            with naming(path):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -193,6 +207,7 @@ def sync_file(path: Path) -> None:
     """Puts a whole file on stable storage."""
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

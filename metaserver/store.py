@@ -25,7 +25,7 @@ import lmdb
 import structlog
 from crc32c import crc32c
 
-from metaserver.files import is_full
+from metaserver.files import is_full, naming, sync_file
 from metaserver.known import Known
 from metaserver.overlay import PREFIX, Rows
 from metaserver.pages import PAGE_BYTES, RESIDUE, DamagedPage, check_pages, read_meta
@@ -58,6 +58,7 @@ class CorruptStore(Exception):
 
     def __init__(self, text: str) -> None:
         super().__init__(f"{text}; stop the metaserver and run: metaserver recover")
+        self.reason = text
 
 
 class MapFull(Exception):
@@ -136,11 +137,7 @@ def create_store(path: Path) -> None:
     except lmdb.Error as error:
         raise _failure(error, temporary) from error
     _lock_file(temporary).unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(temporary)
     os.rename(temporary, path)
 
 
@@ -452,7 +449,7 @@ class Store(Reader):
         used = (info["last_pgno"] + 1) * PAGE_BYTES
         length = min(length, info["map_size"] - used)
         if length > 0:
-            with self.path.open("r+b") as file:
+            with naming(self.path), self.path.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), used, length)
 
     def copy_bytes(self) -> int:
