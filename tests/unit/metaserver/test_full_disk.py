@@ -369,8 +369,11 @@ class CopyingFiles(Files):
 
 async def test_a_record_that_finds_no_space_is_refused_and_leaves_no_trace(tmp_path: Path) -> None:
     files = CopyingFiles()
-    async with open_committer(tmp_path, files=files, options=OPTIONS) as committer:
+    options = replace(OPTIONS, checkpoint_seconds=3600.0)
+    async with open_committer(tmp_path, files=files, options=options) as committer:
         prepare(committer)
+        # The directory is copied below: nothing may be written or made in it by then.
+        await until(lambda: committer.log.prepared and (tmp_path / "reserve").exists())
         create(committer, b"before")
         for _ in range(3):
             files.full = True
