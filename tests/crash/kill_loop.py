@@ -197,21 +197,27 @@ class KillLoop:
         self.wait_repaired()
         paths = {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
         inos = {name: path.stat().st_ino for name, path in paths.items()}
-        sets, trees = trio.run(self._read_sets, inos)
+        sets, trees = read_replica_sets(self.cluster, inos)
         broken += sets.broken
         for number, tree in enumerate(trees):
             broken += [f"replicas {'AB'[number]}: {line}" for line in load.verify(Recorded(tree))]
         print(f"{len(inos)} files, {sets.bytes_read / 1e6:.1f} MB of replicas read, {len(broken)} broken")
         return broken
 
-    async def _read_sets(self, inos: dict[str, int]) -> tuple[ReplicaSets, list[dict[str, bytes]]]:
-        async def ask() -> tuple[Sequence[ServerStatus], dict[str, FileStatus]]:
-            with self.cluster.api() as api:
-                return api.status().servers, {name: api.file(ino) for name, ino in inos.items()}
 
-        key = dfs_find.access_to_data(self.cluster.data).key()
-        async with open_pool(key, self.cluster.status().cluster_id) as pool:
-            return await read_sets(pool, ask, self.cluster.wanted.copies)
+def read_replica_sets(cluster: RealCluster, inos: dict[str, int]) -> tuple[ReplicaSets, list[dict[str, bytes]]]:
+    """Files, by name and inode number, as each set of replicas has them."""
+
+    async def ask() -> tuple[Sequence[ServerStatus], dict[str, FileStatus]]:
+        with cluster.api() as api:
+            return api.status().servers, {name: api.file(ino) for name, ino in inos.items()}
+
+    async def read() -> tuple[ReplicaSets, list[dict[str, bytes]]]:
+        key = dfs_find.access_to_data(cluster.data).key()
+        async with open_pool(key, cluster.status().cluster_id) as pool:
+            return await read_sets(pool, ask, cluster.wanted.copies)
+
+    return trio.run(read)
 
 
 def kill_and_verify(

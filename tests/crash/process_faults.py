@@ -22,18 +22,24 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from faulty_cluster import BackgroundLoad, Ended, FaultyCluster
 from faulty_mount import CHANGES, SHORT, TAKES_SPACE, Fault
-from load_manifest import Directory
+from kill_loop import read_replica_sets
+from load_manifest import Directory, Recorded
 from mount_cluster import wait_until
 
 from chunkserver.chunkfile import PAYLOAD_OFFSET
 
 HOLD_SECONDS = 4.0
 GO_ON_SECONDS = 60.0
+# A killed server is lost after some seconds, and a copy is made in some more.
+REPAIR_SECONDS = 90.0
+# With two of three servers each, chance leaves one out of so many with one in 700.
+NEW_MOUNTS = 6
 # A write may wait for space, and then the fsync; each 5 s (promise P6), and some more on a loaded machine.
 TOLD_SECONDS = 10.0
 RUNNING, START = "running", "start"
@@ -148,6 +154,8 @@ class Trial:
         self.server = ""
         self.given_up: list[str] = []
         self.bad: list[str] = []
+        self.marks: dict[str, int] = {}
+        self.victim = cluster.real.mnt / f"victim{number}"
 
     def run(self, hold_seconds: float = HOLD_SECONDS) -> Outcome:
         cluster = self.cluster
@@ -158,6 +166,7 @@ class Trial:
         )
         try:
             self._wait_for(load, 15)
+            put(self.victim, b"victim" * 100)
             self._begin_fault(load)
             self._hold(hold_seconds)
             hits = sum(cluster.disk.set())
@@ -178,6 +187,7 @@ class Trial:
         self.cluster.disk.set(*self.cell.faults(self.server))
         self.cluster.disk.drop_caches()
         if self.cell.when == START:
+            self.marks = self.cluster.marks()
             self.cluster.start(owner)
 
     def _server_of(self, load: BackgroundLoad) -> str:
@@ -193,15 +203,65 @@ class Trial:
             # It is written when the metaserver has begun a new life.
             self.cluster.kill("metaserver")
             self.cluster.start("metaserver")
-        reads = self.kind.calls == ("read",) and "chunk" in self.cell.structure and self.cell.when == RUNNING
-        if reads:
+        if self.kind.calls == ("read",) and self.is_chunk and self.cell.when == RUNNING:
             with self.cluster.cold_mount() as point:
                 self._read_old(point, may_fail=self.structure.everywhere)
         if self.cell.when == START:
             # However long a start takes on this machine: until the fault was met, or there is nothing to meet it.
-            wait_until(lambda: self.cluster.is_ready() or sum(self.cluster.disk.hits()) > 0, "it starts", 30)
+            wait_until(lambda: self._is_met() or self._has_started(), "it starts", 30)
+            if self.is_chunk:
+                self._use_chunks()
+            elif "snapshot" in self.cell.structure:
+                self._watch_until_met(4 * float(self.cluster.options["snapshot_seconds"]))
             end = time.monotonic() + seconds / 2
+        self._remove_something()
         self.cluster.watch(max(0.0, end - time.monotonic()))
+
+    @property
+    def is_chunk(self) -> bool:
+        return self.cell.structure.startswith(("chunk data", "chunk index"))
+
+    def _is_met(self) -> bool:
+        self.cluster.supervise()
+        return sum(self.cluster.disk.hits()) > 0
+
+    def _has_started(self) -> bool:
+        owner = self.structure.owner.format(server=self.server)
+        return "serving" in self.cluster.log_since({owner: self.marks[owner]})[owner]
+
+    def _watch_until_met(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self._is_met() and time.monotonic() < end:
+            self.cluster.watch(0.2)
+
+    def _use_chunks(self) -> None:
+        """The load has gone to other servers when this one was killed. Each mount writes to a chunk of its own, on two
+        of the three servers: until one of them has met the fault."""
+        for number in range(NEW_MOUNTS):
+            if self._is_met() and self._has_started():
+                return
+            self._watch_until_up()
+            with self.cluster.cold_mount() as point:
+                self._read_old(point)
+                with suppress(OSError):
+                    put(point / f"other{self.number}.{number}", b"other" * 1000)
+
+    def _watch_until_up(self) -> None:
+        def up() -> bool:
+            self.cluster.supervise()
+            return self._has_started() and self.cluster.is_ready()
+
+        with suppress(AssertionError):  # it does not start with the fault
+            wait_until(up, "the server is up with the fault", 10)
+
+    def _remove_something(self) -> None:
+        """What frees space works on a full disk."""
+        if not self.kind.full or self.cell.when == START:
+            return
+        try:
+            self.victim.unlink()
+        except OSError as error:
+            self.bad.append(f"rm fails on a full disk: {error.strerror}")
 
     def _read_old(self, point: Path, *, may_fail: bool = False) -> None:
         for path, content in sorted(old_files().items()):
@@ -235,6 +295,22 @@ class Trial:
         with self.cluster.cold_mount() as point:
             self._read_old(point)
             self.bad += load.load.broken + load.load.verify(Directory(point / load.directory.name))
+        self._verify_replicas(load)
+
+    def _verify_replicas(self, load: BackgroundLoad) -> None:
+        """The same from each set of replicas alone."""
+
+        def repaired() -> bool:
+            self.cluster.supervise()
+            chunks = self.cluster.real.status().chunks
+            return chunks.too_few == 0 and chunks.missing == 0
+
+        wait_until(repaired, "everything has its copies", REPAIR_SECONDS)
+        paths = {str(path.relative_to(load.directory)): path for path in load.directory.rglob("*") if path.is_file()}
+        sets, trees = read_replica_sets(self.cluster.real, {name: path.stat().st_ino for name, path in paths.items()})
+        self.bad += sets.broken
+        for name, tree in zip("AB", trees, strict=True):
+            self.bad += [f"replicas {name}: {line}" for line in load.load.verify(Recorded(tree))]
 
     def _look_at_logs(self, logs: dict[str, str]) -> None:
         for name, text in logs.items():
