@@ -31,6 +31,7 @@ from metaserver.key import DamagedKey, KeyFileError, load_key
 from metaserver.rebuild import RebuildReport
 from metaserver.replay import CorruptLog
 from metaserver.serve import StartError, serve_until_signal
+from metaserver.snapshot import SnapshotFailed
 from metaserver.start import DirectoryBusy
 from metaserver.store import CorruptStore, StoreFull
 from metaserver.survey import SurveyError
@@ -46,6 +47,7 @@ EXPECTED = (
     CorruptStore,
     CorruptLog,
     StoreFull,
+    SnapshotFailed,
     EngineFailed,
     SurveyError,
     DfsError,

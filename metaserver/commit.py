@@ -200,7 +200,7 @@ class Committer(Engine):
 
     async def snapshot(self) -> Snapshot:
         """Makes a snapshot file of everything up to now; the log that it makes superfluous is deleted. Raises
-        ``StoreFull`` or :class:`EngineFailed`."""
+        ``StoreFull``, ``SnapshotFailed`` or :class:`EngineFailed`."""
         return await upkeep.snapshot(self)
 
     def window_closed(self) -> None:

@@ -79,6 +79,8 @@ class Engine:
         self.log_full = False
         self.store_full = False
         self.recovery: Recovery | None = None
+        # Why the last snapshot file could not be made, other than for want of space; "" if it could.
+        self.snapshot_failure = ""
         self.checkpointed = Position(started.epoch, started.newest)
         self.log = started.log
         self.store = started.store
@@ -253,6 +255,12 @@ class Engine:
     def is_full(self) -> bool:
         """Whether changes that take space are refused."""
         return self.log_full or self.store_full
+
+    @property
+    def unprotected(self) -> bool:
+        """Whether the store perhaps could not be rebuilt now."""
+        endangered = self.recovery is not None and self.recovery.endangered
+        return bool(self.log.recycled or self.snapshot_failure or endangered)
 
     def _set_full(self, name: str, full: bool) -> None:
         before = self.is_full

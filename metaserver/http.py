@@ -25,7 +25,9 @@ from metaserver.page import Page
 from metaserver.planning import Group
 from metaserver.protocol import Heartbeat, Register, ReportPage
 from metaserver.service import Service
+from metaserver.snapshot import SnapshotFailed
 from metaserver.status import StatusReader
+from metaserver.store import StoreFull
 
 
 class ServiceMetrics(Collector):
@@ -44,7 +46,7 @@ class ServiceMetrics(Collector):
             "durable_number": ("Newest change on stable storage", committer.durable),
             "read_only": ("1 if nothing can be changed", int(bool(service.changes.refusing))),
             "disk_full": ("1 if only what frees space is accepted", int(committer.is_full)),
-            "unprotected": ("1 if the store could not be rebuilt now", int(bool(committer.log.recycled))),
+            "unprotected": ("1 if the store could not be rebuilt now", int(committer.unprotected)),
             "total_bytes": ("What can be stored at the usual number of copies", space[0]),
             "free_bytes": ("What can be written now, at the usual number of copies", space[1]),
             "window_open": ("1 while the reconnect window is open", int(service.resuming.window.open)),
@@ -148,7 +150,11 @@ def make_app(
         return json_reply(await service.committer.check())
 
     async def make_snapshot(request: Request) -> Response:
-        snapshot = await service.committer.snapshot()
+        try:
+            snapshot = await service.committer.snapshot()
+        except (StoreFull, SnapshotFailed) as error:
+            code = ErrorCode.NO_SPACE if isinstance(error, StoreFull) else ErrorCode.IO
+            raise DfsError(code, str(error)) from None
         return json_reply({"path": str(snapshot.path), "position": str(snapshot.position)})
 
     async def show_page(request: Request) -> Response:

@@ -941,6 +941,8 @@ class Status(Json):
     # was wrong with them then. A new snapshot file makes up for it, or it is ``unprotected``.
     recovery_checked_seconds: float = -1.0
     recovery_damage: list[str] = []
+    # Why the last snapshot file could not be written or read back ("": it could); it is ``unprotected`` then.
+    snapshot_failure: str = ""
 
 
 class Draining(Json):

@@ -5,13 +5,14 @@ kept, and the changelog from the older one of them on: either of them, with the 
 """
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from metaserver.files import Files
+from metaserver.files import Files, is_full
 from metaserver.logrecord import Position
 from metaserver.start import NEW_SNAPSHOT_NAME, stored_position
-from metaserver.store import PAUSE_SECONDS, Store, StoreFull
+from metaserver.store import PAUSE_SECONDS, CorruptStore, Store, StoreFull, View
 
 SUFFIX = ".mdb"
 KEPT_SNAPSHOTS = 2
@@ -20,6 +21,10 @@ KEPT_SNAPSHOTS = 2
 class Snapshot(NamedTuple):
     path: Path
     position: Position
+
+
+class SnapshotFailed(Exception):
+    """The file cannot be written or read back; the store itself is whole."""
 
 
 def list_snapshots(directory: Path) -> list[Snapshot]:
@@ -50,8 +55,8 @@ def make_snapshot(store: Store, directory: Path, files: Files, spare: int = 0) -
     """Copies the newest checkpoint, verifies the copy, and puts it in place durably; deletes those no longer kept.
 
     ``spare`` bytes must be left on the disk beside it: a copy that fills the disk before it fails stops everybody's
-    changes meanwhile. The store's map must not grow. Raises ``StoreFull``, ``CorruptStore`` if the *store* is damaged,
-    or ``OSError``; then nothing has changed.
+    changes meanwhile. The store's map must not grow. Raises ``StoreFull``, ``CorruptStore`` or ``OSError``, and then
+    has changed nothing: whose fault it is, :func:`blame` says.
     """
     temporary = directory / NEW_SNAPSHOT_NAME
     temporary.unlink(missing_ok=True)
@@ -66,15 +71,41 @@ def make_snapshot(store: Store, directory: Path, files: Files, spare: int = 0) -
         position = verify_snapshot(temporary)
         path = directory / f"{position.epoch:016x}-{position.number:016x}{SUFFIX}"
         files.step("snapshot:before-rename")
-        files.rename(temporary, path)
-        files.sync_directory(directory)
+        _put_in_place(temporary, path, files)
         files.step("snapshot:after-rename")
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it has failed already, and the next one begins with that
+            temporary.unlink(missing_ok=True)
         raise
     for old in list_snapshots(directory)[KEPT_SNAPSHOTS:]:
         files.delete(old.path)
     return Snapshot(path, position)
+
+
+def _put_in_place(temporary: Path, path: Path, files: Files) -> None:
+    """A name that is perhaps gone after a power cut must not count among those that are kept."""
+    is_new = not path.exists()
+    files.rename(temporary, path)
+    try:
+        files.sync_directory(path.parent)
+    except OSError:
+        if is_new:
+            with suppress(OSError):
+                files.delete(path)
+        raise
+
+
+def blame(error: CorruptStore | OSError, view: View) -> Exception:
+    """What it means that a snapshot could not be made: ``StoreFull``, ``CorruptStore`` if the *store* is damaged, which
+    is read for that, and otherwise :class:`SnapshotFailed`. Raises ``ViewExpired``."""
+    if isinstance(error, OSError) and is_full(error):
+        return StoreFull()
+    try:
+        for _ in view.verify():
+            time.sleep(PAUSE_SECONDS)
+    except CorruptStore as damage:
+        return damage
+    return SnapshotFailed(error.reason if isinstance(error, CorruptStore) else str(error))
 
 
 def kept_from(directory: Path) -> Position | None:

@@ -13,7 +13,7 @@ import fcntl
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,9 +158,13 @@ def _open_segments(directory: Path, files: Files) -> list[KeptSegment]:
     changelog = directory / CHANGELOG_NAME
     changelog.mkdir(mode=0o700, exist_ok=True)
     (directory / SNAPSHOTS_NAME).mkdir(mode=0o700, exist_ok=True)
-    leftovers = (directory / PROBE_NAME, directory / SNAPSHOTS_NAME / NEW_SNAPSHOT_NAME)
-    for leftover in (*changelog.glob("*.new"), *(path for path in leftovers if path.exists())):
-        files.delete(leftover)
+    for leftover in (*changelog.glob("*.new"), directory / PROBE_NAME):
+        if leftover.exists():
+            files.delete(leftover)
+    half_made = directory / SNAPSHOTS_NAME / NEW_SNAPSHOT_NAME
+    with suppress(OSError):  # where snapshots cannot be made, that is no reason not to serve; the next one tells
+        if half_made.exists():
+            files.delete(half_made)
     segments = list_segments(changelog)
     if not (directory / STORE_NAME).exists():
         if segments:

@@ -107,9 +107,10 @@ class StatusReader:
             self._tasks.count(TaskKind.SET_COPIES),
             cleaner=self.cleaner(),
             metaserver_full=self._committer.is_full,
-            unprotected=bool(self._committer.log.recycled) or (recovery is not None and recovery.endangered),
+            unprotected=self._committer.unprotected,
             recovery_checked_seconds=-1.0 if recovery is None else trio.current_time() - recovery.checked_at,
             recovery_damage=[] if recovery is None else list(recovery.problems),
+            snapshot_failure=self._committer.snapshot_failure,
         )
 
     def cleaner(self) -> CleanerStatus:

@@ -1,15 +1,16 @@
 """What keeps the state well over days: snapshot files, and reading everything again before it is needed."""
 
+from contextlib import suppress
+
 import structlog
 import trio
 
 from metaserver.check import MAX_PROBLEMS, check_steps
 from metaserver.engine import Engine, Recovery
-from metaserver.files import is_full
 from metaserver.logrecord import UNKNOWN
 from metaserver.protocol import CheckReport, Problem
 from metaserver.rereading import missing_changes, segment_damage, snapshot_damage
-from metaserver.snapshot import Snapshot, kept_from, list_snapshots, make_snapshot
+from metaserver.snapshot import Snapshot, SnapshotFailed, blame, kept_from, list_snapshots, make_snapshot
 from metaserver.start import SNAPSHOTS_NAME
 from metaserver.store import CorruptStore, StoreFull, View, ViewExpired
 from metaserver.transaction import ViewTransaction
@@ -26,7 +27,7 @@ FIRST_REREAD_SECONDS = 1800.0
 
 async def snapshot(engine: Engine) -> Snapshot:
     """Makes a snapshot file of everything up to now; the log that it makes superfluous is deleted. Raises
-    ``StoreFull`` or :class:`EngineFailed`."""
+    ``StoreFull``, ``SnapshotFailed`` or :class:`EngineFailed`."""
     recycled = engine.log.recycled
     await engine.checkpoint()
     directory = engine.directory / SNAPSHOTS_NAME
@@ -37,9 +38,8 @@ async def snapshot(engine: Engine) -> Snapshot:
                 make_snapshot, engine.store, directory, engine.files, engine.options.segment_bytes
             )
         except (CorruptStore, OSError) as error:
-            if isinstance(error, OSError) and is_full(error):
-                raise StoreFull from error
-            raise engine.fail(error) from error
+            raise await _whose_fault(engine, error) from error
+    engine.snapshot_failure = ""
     engine.log.appended -= appended
     # What was used again meanwhile may be what this very snapshot needs (its file may be what has filled the disk).
     engine.log.recycled = max(0, engine.log.recycled - recycled)
@@ -49,6 +49,20 @@ async def snapshot(engine: Engine) -> Snapshot:
     if position is not None:
         engine.log.drop(position)
     return made
+
+
+async def _whose_fault(engine: Engine, error: CorruptStore | OSError) -> Exception:
+    """What to raise for a snapshot that could not be made: no reason to end, unless the store is damaged. With the map
+    locked, so that the view stays."""
+    with engine.store.view() as view:
+        reason: Exception = await engine.run_sync(blame, error, view)
+    if isinstance(reason, CorruptStore):
+        return engine.fail(reason)
+    if isinstance(reason, SnapshotFailed):
+        if not engine.snapshot_failure:
+            log.error("a snapshot file cannot be made; trying again", reason=str(reason))
+        engine.snapshot_failure = str(reason)
+    return reason
 
 
 async def check(engine: Engine) -> CheckReport:
@@ -108,7 +122,7 @@ async def keep_snapshots(engine: Engine) -> None:
         await trio.sleep(pause)
         appended = engine.log.appended
         overdue = trio.current_time() - last >= engine.options.snapshot_seconds and appended
-        unprotected = _is_endangered(engine) and not engine.is_full
+        unprotected = engine.unprotected and not engine.is_full
         if overdue or unprotected or appended >= engine.options.snapshot_log_bytes:
             last = trio.current_time()
             try:
@@ -117,15 +131,13 @@ async def keep_snapshots(engine: Engine) -> None:
                 if not failed:
                     log.error("no space for a snapshot file")
                 failed = True
+            except SnapshotFailed:
+                failed = True
             else:
                 failed = False
             # Each writes all of the store. On a nearly full disk one may fill it, be in vain, and be wanted again.
-            hurried = failed or _is_endangered(engine)
+            hurried = failed or engine.unprotected
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS) if hurried else engine.options.checkpoint_seconds
-
-
-def _is_endangered(engine: Engine) -> bool:
-    return engine.log.recycled > 0 or (engine.recovery is not None and engine.recovery.endangered)
 
 
 async def verify_recovery(engine: Engine) -> list[str]:
@@ -142,13 +154,17 @@ async def verify_recovery(engine: Engine) -> list[str]:
             await snapshot(engine)
         except StoreFull:
             log.error("no space for a snapshot file: until there is, the store perhaps cannot be rebuilt")
+        except SnapshotFailed as error:
+            log.error("without a new snapshot file the store perhaps cannot be rebuilt", reason=str(error))
     return problems
 
 
 async def _lacking(engine: Engine) -> str:
     """What is missing to rebuild the store; "" if nothing."""
+    # Before the list: a snapshot that is made meanwhile has the log deleted that only those before it need.
+    kept = tuple(engine.log.kept)
     snapshots = await engine.run_sync(list_snapshots, engine.directory / SNAPSHOTS_NAME)
-    return missing_changes([snapshot.position for snapshot in snapshots], tuple(engine.log.kept))
+    return missing_changes([snapshot.position for snapshot in snapshots], kept)
 
 
 async def _verify_snapshots(engine: Engine) -> list[str]:
@@ -158,7 +174,8 @@ async def _verify_snapshots(engine: Engine) -> list[str]:
         if problem and path.exists():
             problems.append(problem)
             # It would be kept in the place of an older one that is whole.
-            await engine.run_sync(engine.files.delete, path)
+            with suppress(OSError):  # then it is found again
+                await engine.run_sync(engine.files.delete, path)
     return problems
 
 

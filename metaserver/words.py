@@ -72,7 +72,9 @@ def space_troubles(status: Status) -> list[str]:
     found = []
     if status.metaserver_full:
         found.append("the metaserver's disk is full: files can only be deleted until something on it is removed")
-    if status.unprotected:
+    if status.snapshot_failure:
+        found.append(f"no snapshot of the metadata can be made, so it perhaps is not safe: {status.snapshot_failure}")
+    elif status.unprotected:
         found.append("the metadata could not be rebuilt now: make space for a snapshot on the metaserver's disk")
     broken = [server for server in status.servers if server.disk_state == "FAILED"]
     found += [f"the disk of {one.name} has failed: {one.disk_error or 'look at its log'}" for one in broken]

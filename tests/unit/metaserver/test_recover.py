@@ -1,5 +1,7 @@
 """Snapshot files, and rebuilding the store from them and the log, whatever happened to it."""
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +9,9 @@ from pathlib import Path
 import pytest
 import trio
 from engine_rows import create, names, prepare
+from msgspec.structs import replace
 
-from metaserver.commit import Committer, open_committer
+from metaserver.commit import Committer, EngineFailed, open_committer
 from metaserver.files import Files
 from metaserver.ids import RANGES
 from metaserver.logrecord import FIRST_RECORD
@@ -16,7 +19,7 @@ from metaserver.offline import check_directory
 from metaserver.recover import ADVANCE_IDS, Minimum, recover
 from metaserver.replay import CorruptLog
 from metaserver.schema import IdKind
-from metaserver.snapshot import kept_from, list_snapshots, verify_snapshot
+from metaserver.snapshot import SnapshotFailed, kept_from, list_snapshots, verify_snapshot
 from metaserver.start import DirectoryBusy, Options
 from metaserver.store import CorruptStore, StoreFull
 
@@ -287,6 +290,85 @@ async def test_no_space_for_a_snapshot_is_not_the_end(tmp_path: Path, monkeypatc
             await committer.snapshot()
         create(committer, b"a")
         assert list((tmp_path / "snapshots").iterdir()) == []
+
+
+class FailingFiles(Files):
+    """Syncs whose path contains ``failing`` fail."""
+
+    failing = ""
+
+    def sync_path(self, path: Path) -> None:
+        self._fail(path)
+        super().sync_path(path)
+
+    def sync_directory(self, path: Path) -> None:
+        self._fail(path)
+        super().sync_directory(path)
+
+    def _fail(self, path: Path) -> None:
+        if self.failing and self.failing in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+
+@pytest.mark.parametrize("failing", ["snapshots/new", "snapshots"])
+async def test_a_snapshot_that_cannot_be_written_is_tried_again(tmp_path: Path, failing: str) -> None:
+    files = FailingFiles()
+    options = replace(OPTIONS, checkpoint_seconds=0.01)
+    async with open_committer(tmp_path, options=options, files=files) as committer:
+        prepare(committer)
+        files.failing = f"{tmp_path.name}/{failing}"
+        with pytest.raises(SnapshotFailed, match=rf"Input/output error.*{failing}"):
+            await committer.snapshot()
+        assert failing in committer.snapshot_failure
+        assert committer.unprotected
+        # A name that may not outlive a power cut counts for nothing.
+        assert list((tmp_path / "snapshots").iterdir()) == []
+        create(committer, b"a")
+        await trio.sleep(0.1)
+        assert committer.unprotected
+        files.failing = ""
+        with trio.fail_after(30):
+            while committer.unprotected:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert len(list_snapshots(tmp_path / "snapshots")) == 1
+
+
+async def test_a_snapshot_that_is_damaged_when_it_is_read_back_is_tried_again(tmp_path: Path) -> None:
+    spoiled = []
+
+    def spoil(step: str) -> None:
+        if step == "snapshot:before-sync" and not spoiled:
+            spoiled.append(step)
+            cut_off(tmp_path / "snapshots" / "new")
+
+    async with open_committer(tmp_path, options=OPTIONS, files=Files(spoil)) as committer:
+        prepare(committer)
+        with pytest.raises(SnapshotFailed) as caught:
+            await committer.snapshot()
+        assert "snapshots/new" in str(caught.value)
+        assert "recover" not in str(caught.value), "the store is whole"
+        create(committer, b"a")
+        assert list((tmp_path / "snapshots").iterdir()) == []
+        await committer.snapshot()
+        assert not committer.unprotected
+
+
+async def test_a_damaged_store_makes_no_snapshot(tmp_path: Path) -> None:
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with open_committer(tmp_path, options=OPTIONS) as committer:
+            prepare(committer)
+            many(200)(committer)
+            await committer.checkpoint()
+            path = tmp_path / "data.mdb"
+            data = path.read_bytes()
+            at = data.rindex(b"host")
+            with path.open("r+b") as file:
+                file.seek(at)
+                file.write(b"HOST")
+            with pytest.raises(EngineFailed):
+                await committer.snapshot()
+    assert caught.group_contains(EngineFailed)
+    assert list_snapshots(tmp_path / "snapshots") == []
 
 
 @pytest.mark.parametrize("step", ["snapshot:before-copy", "snapshot:before-sync", "snapshot:before-rename"])
