@@ -303,7 +303,7 @@ class Operations(pyfuse3.Operations):
 
     @_bounded(Kind.NAMES)
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return _file_info(await self._files.open(self._inside(inode), flags))
+        return _file_info(await self._files.open(self._inside(inode), flags, privileged=ctx.uid == 0))
 
     @_bounded(Kind.NAMES)
     async def create(

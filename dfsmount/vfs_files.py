@@ -1,6 +1,7 @@
 """Contents: opening, reading, writing, truncating, and what must be on stable storage when."""
 
 import os
+import stat
 
 import msgspec
 import structlog
@@ -36,8 +37,9 @@ class Files:
 
     # -- open and close ----------------------------------------------------------------------------------------
 
-    async def open(self, ino: int, flags: int) -> Opened:
-        """open(2) of a file that exists; O_TRUNC included (libfuse asks the kernel to leave it to us).
+    async def open(self, ino: int, flags: int, *, privileged: bool = True) -> Opened:
+        """open(2) of a file that exists; O_TRUNC included (libfuse asks the kernel to leave it to us), which takes
+        S_ISUID and S_ISGID away unless the caller is ``privileged``.
 
         The metaserver is asked every time: it fetches what other sessions have not written yet.
         """
@@ -61,7 +63,7 @@ class Files:
             # The kernel takes the offset of an append from the size it believes in, which may be another.
             core.kernel.forget_attributes(ino)
         if flags & os.O_TRUNC:
-            await self._truncate_opened(file)
+            await self._truncate_opened(file, privileged=privileged)
         return self._hand_out(file, flags, keep_cache)
 
     async def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Opened, Shown]:
@@ -79,7 +81,7 @@ class Files:
             core.jobs.start(self._doubt_made, parent, name)
             raise
         if not made.created:
-            return await self._open_existing(made.entry, flags)
+            return await self._open_existing(made.entry, flags, privileged=caller.uid == 0)
         inode = core.inodes.changed(made.entry.attributes, asked_at)
         file = self._register(inode, made.entry, True)
         core.files.note_made(file, parent, name)
@@ -96,9 +98,9 @@ class Files:
         else:
             self._core.files.doubt(entry.attributes.ino)
 
-    async def _open_existing(self, entry: Entry, flags: int) -> tuple[Opened, Shown]:
+    async def _open_existing(self, entry: Entry, flags: int, *, privileged: bool) -> tuple[Opened, Shown]:
         """Another session was faster to create it."""
-        opened = await self.open(entry.attributes.ino, flags)
+        opened = await self.open(entry.attributes.ino, flags, privileged=privileged)
         inode = self._core.handles.file(opened.number).file.inode
         inode.lookups += 1
         return opened, self._core.show(inode)
@@ -116,12 +118,17 @@ class Files:
         handle = FileHandle(file, writing=writing, durable_writes=bool(flags & _DURABLE))
         return Opened(self._core.handles.add_file(handle), bool(flags & os.O_DIRECT), keep_cache)
 
-    async def _truncate_opened(self, file: OpenFile) -> None:
+    async def _truncate_opened(self, file: OpenFile, *, privileged: bool) -> None:
+        mode = self._core.show(file.inode).mode
+        kept = mode if privileged else without_special_bits(mode)
         try:
-            await self.set_attributes(SetAttributes(file.ino, size=0))
+            await self.set_attributes(SetAttributes(file.ino, size=0, mode=None if kept == mode else kept))
         except BaseException:
             self._core.files.unpin(file)
             raise
+        if kept != mode:
+            # It believes in the mode that it knows.
+            self._core.kernel.forget_attributes(file.ino)
 
     async def flush(self, number: int) -> None:
         """close(2) of one descriptor: starts writing and tells of what failed before; waits only if asked to."""
@@ -247,3 +254,10 @@ class Files:
         asked_at = core.inodes.now()
         attributes = await core.remote.set_attributes(changes)
         return core.changed(attributes, asked_at)
+
+
+def without_special_bits(mode: int) -> int:
+    """What a change of the contents by a user leaves of a mode: as Linux asks of FUSE filesystems (fuse_setattr).
+    S_ISGID without group execution was once mandatory locking, and stays."""
+    kept = mode & ~stat.S_ISUID
+    return kept & ~stat.S_ISGID if mode & stat.S_IXGRP else kept

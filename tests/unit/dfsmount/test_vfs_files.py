@@ -144,6 +144,21 @@ async def test_o_trunc(a: TestMount, b: TestMount) -> None:
         await a.close(number)
 
 
+async def test_a_user_who_opens_with_o_trunc_takes_setuid_away(a: TestMount) -> None:
+    ino, handle = await a.create(b"f", b"data")
+    await a.close(handle)
+    for mode, left in ((0o6777, 0o777), (0o6767, 0o2767), (0o755, 0o755)):
+        await a.set(ino, mode=mode)
+        await a.close((await a.files.open(ino, RDWR | os.O_TRUNC)).number)
+        assert stat.S_IMODE((await a.stat(b"f")).mode) == mode
+        await a.close((await a.files.open(ino, RDONLY, privileged=False)).number)
+        assert stat.S_IMODE((await a.stat(b"f")).mode) == mode
+        told = len(a.kernel.attributes)
+        await a.close((await a.files.open(ino, RDWR | os.O_TRUNC, privileged=False)).number)
+        assert stat.S_IMODE((await a.stat(b"f")).mode) == left
+        assert (ino in a.kernel.attributes[told:]) == (left != mode), "it believes in the old mode"
+
+
 async def test_o_sync_writes_are_durable_when_they_return(a: TestMount) -> None:
     for flag in (os.O_SYNC, os.O_DSYNC):
         ino, handle = await a.create(b"f%d" % flag, flags=RDWR | flag)
