@@ -556,3 +556,18 @@ async def test_a_file_that_could_not_be_removed_is_removed_when_asked_again(star
         assert not chunk_file(a).exists()
         assert CHUNK in a.node.outbox.parcel().gone
         assert a.store.table.disk_state == "OK"
+
+
+def test_a_failed_sync_of_a_small_file_or_directory_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    disk = LocalDisk(str(tmp_path))
+    disk.make_directory("chunks")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        disk.sync_directory("chunks")
+    assert caught.value.filename == f"{tmp_path}/chunks"
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        disk.write_atomically("small", b"data")
+    assert caught.value.filename == f"{tmp_path}/small.new"

@@ -414,3 +414,15 @@ def test_first_numbers_are_found_behind_damage(tmp_path: Path) -> None:
     kept: list[KeptSegment] = list_segments(tmp_path)
     find_firsts(kept)
     assert kept[0].first == 2
+
+
+def test_a_failed_sync_says_of_which_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "fsync", fail)
+    for sync, path in ((Files().sync_directory, tmp_path), (Files().sync_path, tmp_path / "file")):
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            sync(path)
+        assert caught.value.filename == str(path)
