@@ -268,7 +268,7 @@ def check_linear(cluster: RealCluster, place: Path, small: int) -> None:
 
 @pytest.mark.timeout(300)
 def test_a_large_directory_costs_linear_time(cluster: RealCluster, place: Path) -> None:
-    check_linear(cluster, place, 500)
+    check_linear(cluster, place, 300)
 
 
 @pytest.mark.soak
