@@ -42,6 +42,11 @@ class LogFull(Exception):
     """There is no space for the record: nothing has changed."""
 
 
+class NoBlocks(LogFull):
+    """Not even for a record within a segment, whose space was set aside: where blocks are copied when they are written
+    that is no promise."""
+
+
 def segment_name(segment: int) -> str:
     return f"{segment:016x}{SUFFIX}"
 
@@ -328,8 +333,9 @@ class Changelog:
                     raise LogFull from error
 
     def append(self, number: int, durable: int, session: int, operation: int, time_ns: int, rows: Rows) -> None:
-        """Writes one record to the page cache. Raises :class:`LogFull` with nothing changed if there is no space for it
-        or for the segment it needs, or ``OSError``, after which the log must not be used any more."""
+        """Writes one record to the page cache. Raises :class:`LogFull` with nothing changed if there is no space for
+        the segment it needs, :class:`NoBlocks` if there is none for itself, or ``OSError``, after which the log must
+        not be used any more."""
         segment = self._current
         record = encode_record(segment.seed, self._epoch, number, durable, session, operation, time_ns, rows)
         if segment.end + len(record) > segment.size:
@@ -340,9 +346,8 @@ class Changelog:
                 self._files.append(segment.descriptor, record, segment.end)
         except OSError as error:
             if is_full(error):
-                # Blocks set aside are no promise where they are copied when written. What part of the record is there
-                # is overwritten by the next one, or cut off by the next start.
-                raise LogFull from error
+                # What part of the record is there is overwritten by the next one, or cut off by the next start.
+                raise NoBlocks from error
             raise
         segment.end += len(record)
         self.appended += len(record)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import structlog
 import trio
 
-from metaserver.changelog import LogFull
+from metaserver.changelog import LogFull, NoBlocks
 from metaserver.errors import DfsError, ErrorCode, ProcessEnds
 from metaserver.files import Files, is_full
 from metaserver.logrecord import Position
@@ -104,6 +104,8 @@ class Engine:
         self._many_changes = trio.Event()
         # The disk is full, and there is little room left in the log.
         self._crowded = trio.Event()
+        # A record found no space where there should have been some: the reserve is needed.
+        self._no_blocks = False
         self._changes = 0
         self._frozen_at = 0
         self._checkpointing = trio.Lock()
@@ -115,7 +117,12 @@ class Engine:
         number = self.newest + 1
         try:
             self.log.append(number, self.durable, session, operation, now_ns, rows)
-        except LogFull:
+        except LogFull as error:
+            if isinstance(error, NoBlocks):
+                self._no_blocks = True
+                self._set_full("log_full", True)
+                self._rotated.set()
+                self._crowded.set()
             raise DfsError(ErrorCode.NO_SPACE, "the metaserver's disk is full") from None
         except OSError as error:
             raise self.fail(error) from error
@@ -201,10 +208,13 @@ class Engine:
             if self.log.prepared and not self.log_full:
                 self._rotated = trio.Event()
                 await self._rotated.wait()
+            refused, self._no_blocks = self._no_blocks, False
             try:
                 await self.run_sync(self._prepare)
             except LogFull:
                 self._set_full("log_full", True)
+                if refused:
+                    await self._spend_reserve()
                 if self.log.needs_next:
                     await self._make_next()
                 self._crowded = trio.Event()
@@ -213,7 +223,9 @@ class Engine:
             except OSError as error:
                 raise self.fail(error) from error
             else:
-                self._set_full("log_full", False)
+                # Unless a record was refused meanwhile: then there has to be another look.
+                if not self._no_blocks:
+                    self._set_full("log_full", False)
 
     def _prepare(self) -> None:
         """Makes everything that is set aside for a full disk. Raises :class:`LogFull` if there is no space for it."""

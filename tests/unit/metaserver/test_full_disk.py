@@ -22,7 +22,7 @@ from metaserver.overlay import row_key
 from metaserver.replay import replay
 from metaserver.schema import Table
 from metaserver.snapshot import list_snapshots
-from metaserver.start import SNAPSHOTS_NAME, Options
+from metaserver.start import RESERVE_NAME, SNAPSHOTS_NAME, Options
 
 SEGMENT = 1 << 16
 OPTIONS = Options(
@@ -381,6 +381,7 @@ async def test_a_record_that_finds_no_space_is_refused_and_leaves_no_trace(tmp_p
                 create(committer, b"a name that is not taken " * 8)
             assert caught.value.code is ErrorCode.NO_SPACE
             files.full = False
+            await until(lambda: not committer.is_full)
             create(committer, b"after %d" % committer.newest)
         expected = names(committer)
         await committer.wait_durable(committer.newest)
@@ -425,3 +426,36 @@ async def test_a_map_that_finds_no_space_to_grow_waits_for_it(tmp_path: Path, mo
         create(committer, b"after")
     async with open_committer(tmp_path, options=options) as committer:
         assert len(names(committer)) == made + 1
+
+
+class FullCopyingFiles(CountedFiles):
+    """Where blocks are copied when written, on a full disk: what gives space is the reserve."""
+
+    def __init__(self, reserve: Path) -> None:
+        super().__init__()
+        self._reserve = reserve
+
+    def append(self, descriptor: int, data: bytes, offset: int) -> None:
+        if self.full and self._reserve.exists():
+            raise_full()
+        super().append(descriptor, data, offset)
+
+
+async def test_the_reserve_is_for_records_that_find_no_space(tmp_path: Path) -> None:
+    """Otherwise nothing could be deleted: no checkpoint comes that would free a segment."""
+    files = FullCopyingFiles(tmp_path / RESERVE_NAME)
+    async with open_committer(tmp_path, files=files, options=OPTIONS) as committer:
+        prepare(committer)
+        create(committer, b"before")
+        await until(lambda: (tmp_path / RESERVE_NAME).exists())
+        files.full = True
+        with pytest.raises(DfsError) as caught:
+            create(committer, b"too much")
+        assert caught.value.code is ErrorCode.NO_SPACE
+        await until(lambda: not (tmp_path / RESERVE_NAME).exists())
+        committer.change(0, 0, touch, frees=True)
+        assert committer.is_full
+        files.full = False
+        await until(lambda: not committer.is_full)
+        create(committer, b"after")
+        await until(lambda: (tmp_path / RESERVE_NAME).exists())
