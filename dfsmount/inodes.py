@@ -197,8 +197,10 @@ class InodeTable:
         wanted = excess + MAX_INODES // 10
         unneeded = (ino for ino, inode in self._inodes.items() if inode.opened is None and inode.believed_until < now)
         for ino in list(islice(unneeded, wanted)):
-            del self._inodes[ino]
-            self._left(ino)
+            inode = self._inodes.pop(ino)
+            if max(inode.changed_at, inode.doubted_at) + self._timeout > now:
+                # Answers from before that are still believed, and nothing else tells that they are outdated.
+                self._left(ino)
 
     def drop_unused(self, inode: Inode) -> None:
         """Forgets an inode that neither the kernel nor an open file refers to, and of which nothing is left to tell."""
