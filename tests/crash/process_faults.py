@@ -226,6 +226,10 @@ class Trial:
             elif "snapshot" in self.cell.structure:
                 self._watch_until_met(4 * float(self.cluster.options["snapshot_seconds"]))
             end = time.monotonic() + seconds / 2
+        elif self.cell.kind == NO_NEW_FILES:
+            # What was made ahead has to be filled first.
+            self._watch_until_met(60.0)
+            end = time.monotonic() + seconds
         self._remove_something()
         self.cluster.watch(max(0.0, end - time.monotonic()))
 
