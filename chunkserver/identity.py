@@ -61,7 +61,7 @@ def load(disk: Disk) -> Identity | None:
         return max(whole, key=lambda identity: (identity.highest_epoch, identity.highest_chunk))
     problems = [problem for problem in found if isinstance(problem, str)]
     if problems:
-        raise DataDirectoryError(f"{disk.root}/{FILE} is damaged ({problems[0]}): restore it from a backup")
+        raise DataDirectoryError(f"{disk.root}/{FILE} {problems[0]}: if the disk is whole, restore it from a backup")
     return None
 
 
@@ -91,9 +91,9 @@ def _load(disk: Disk, name: str) -> Identity | str | None:
         if name == FILE and b'"role"' in data:
             text = f"{disk.root} is the data directory of a metaserver: give this chunkserver one of its own"
             raise DataDirectoryError(text) from None
-        problem = str(error)
+        problem = f"is damaged ({error})"
     except OSError as error:
-        problem = error.strerror or str(error)
+        problem = f"cannot be read ({error.strerror})"
     log.error("a copy of this server's identity cannot be used", path=f"{disk.root}/{name}", reason=problem)
     return problem
 

@@ -1,5 +1,6 @@
 """The data directory is emptied, unmounted or replaced under a running server."""
 
+import errno
 import os
 import shutil
 import socket
@@ -133,3 +134,17 @@ async def test_a_host_may_get_another_name(start_node: StartNode, monkeypatch: p
             while looks < 3 and not a.store.table.disk_error:  # noqa: ASYNC110
                 await trio.sleep(0.01)
         assert a.store.table.disk_error == ""
+
+
+def test_an_identity_that_the_disk_does_not_give_back_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, _ = identity.open_directory(str(tmp_path / "a"), "a")
+    disk.unlock()
+
+    def fail(self: LocalDisk, path: str) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    monkeypatch.setattr(LocalDisk, "read_small", fail)
+    with pytest.raises(identity.DataDirectoryError, match=r"cannot be read \(Input/output error\)"):
+        identity.open_directory(str(tmp_path / "a"), "a")
