@@ -17,6 +17,8 @@ from pathlib import Path
 
 # What the disk says when it is full, or the user's share of it.
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# What says nothing of the file: it is this process, or the machine, that is short of something.
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})
 _ZEROES = bytes(1 << 20)
 # fallocate(2), which Python does not have.
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2

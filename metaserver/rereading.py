@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metaserver.changelog import KeptSegment, needed_after
+from metaserver.files import SHORTAGES
 from metaserver.logrecord import FIRST_RECORD, UNKNOWN, Position, SegmentHeader, find_records
 from metaserver.replay import CorruptLog
 from metaserver.snapshot import verify_snapshot
@@ -77,9 +78,11 @@ def _goes_on(position: Position, segments: Sequence[KeptSegment]) -> bool:
 
 
 def snapshot_damage(path: Path) -> str:
-    """What is wrong with a snapshot file, "" if nothing."""
+    """What is wrong with a snapshot file, "" if nothing. Raises ``OSError`` if that cannot be told at present."""
     try:
         verify_snapshot(path)
     except (CorruptStore, OSError) as error:
+        if isinstance(error, OSError) and error.errno in SHORTAGES:
+            raise
         return f"the snapshot file {path} is damaged: {error}"
     return ""

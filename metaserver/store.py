@@ -25,7 +25,7 @@ import lmdb
 import structlog
 from crc32c import crc32c
 
-from metaserver.files import is_full, naming, sync_file
+from metaserver.files import SHORTAGES, is_full, naming, sync_file
 from metaserver.known import Known
 from metaserver.overlay import PREFIX, Rows
 from metaserver.pages import PAGE_BYTES, RESIDUE, DamagedPage, check_pages, read_meta
@@ -113,6 +113,8 @@ def check_file(path: Path, seconds: float | None = None, known: Known | None = N
     except FileNotFoundError:
         raise
     except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
         raise CorruptStore(f"{path} cannot be read ({error.strerror})") from None
     return newest.map_bytes
 
@@ -349,6 +351,9 @@ class Store(Reader):
                 str(path), subdir=False, map_size=map_bytes, readonly=True, lock=False, readahead=False, create=False
             )
         except lmdb.Error as error:
+            short = next((number for number in SHORTAGES if os.strerror(number) in str(error)), 0)
+            if short:
+                raise OSError(short, os.strerror(short), str(path)) from error
             raise CorruptStore(f"{path} cannot be opened ({error})") from error
         return cls(path, environment)
 

@@ -170,7 +170,11 @@ async def _lacking(engine: Engine) -> str:
 async def _verify_snapshots(engine: Engine) -> list[str]:
     problems = []
     for path, _ in list_snapshots(engine.directory / SNAPSHOTS_NAME):
-        problem = await engine.run_sync(snapshot_damage, path)
+        try:
+            problem = await engine.run_sync(snapshot_damage, path)
+        except OSError as error:
+            log.warning("a snapshot file could not be read back now", path=str(path), reason=error.strerror)
+            continue
         if problem and path.exists():
             problems.append(problem)
             # It would be kept in the place of an older one that is whole.

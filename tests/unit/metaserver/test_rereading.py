@@ -1,6 +1,9 @@
 """What a recovery would need is read back before it is needed."""
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio.testing
@@ -91,6 +94,25 @@ async def test_a_damaged_snapshot_does_not_take_the_place_of_a_whole_one(tmp_pat
     assert kept == older
     assert made.position > newest.position
     assert await found(tmp_path) == []
+
+
+async def test_a_shortage_of_descriptors_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file would be deleted for it."""
+    await epoch(tmp_path, many(10), snapshot=True)
+    (snapshot,) = list_snapshots(tmp_path / "snapshots")
+    open_it = os.open
+    refused = []
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path) == str(snapshot.path):
+            refused.append(path)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return open_it(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert await found(tmp_path) == []
+    assert refused
+    assert snapshot.path.exists()
 
 
 async def test_without_space_it_is_said_that_the_store_is_in_danger(
