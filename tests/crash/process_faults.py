@@ -202,10 +202,29 @@ class Trial:
             self.cluster.start(owner)
 
     def _server_of(self, load: BackgroundLoad) -> str:
-        """Where the newest bytes of the load are: this mount writes one chunk at a time."""
+        """Where the newest bytes of the load are: this mount writes one chunk at a time.
+
+        What was written while only one server was up is copied first: nobody masks faults of a single copy."""
         probe = load.directory / "probe"
-        put(probe, b"probe")
-        return self.cluster.real.file(probe).extents[-1].replicas[0].name
+        names: list[str] = []
+
+        def has_copies() -> bool:
+            self.cluster.supervise()
+            put(probe, b"probe")
+            names[:] = [replica.name for replica in self.cluster.real.file(probe).extents[-1].replicas]
+            return len(names) >= self.cluster.real.wanted.copies
+
+        wait_until(has_copies, "what is written has its copies", REPAIR_SECONDS)
+        self._wait_copied()
+        return names[0]
+
+    def _wait_copied(self) -> None:
+        def copied() -> bool:
+            self.cluster.supervise()
+            chunks = self.cluster.real.status().chunks
+            return chunks.too_few == 0 and chunks.missing == 0
+
+        wait_until(copied, "everything has its copies", REPAIR_SECONDS)
 
     def _hold(self, seconds: float) -> None:
         """Programs read old files meanwhile: what they get is right, or an error that may be."""
@@ -315,13 +334,7 @@ class Trial:
 
     def _verify_replicas(self, load: BackgroundLoad) -> None:
         """The same from each set of replicas alone."""
-
-        def repaired() -> bool:
-            self.cluster.supervise()
-            chunks = self.cluster.real.status().chunks
-            return chunks.too_few == 0 and chunks.missing == 0
-
-        wait_until(repaired, "everything has its copies", REPAIR_SECONDS)
+        self._wait_copied()
         paths = {str(path.relative_to(load.directory)): path for path in load.directory.rglob("*") if path.is_file()}
         sets, trees = read_replica_sets(self.cluster.real, {name: path.stat().st_ino for name, path in paths.items()})
         self.bad += sets.broken
