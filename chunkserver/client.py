@@ -131,6 +131,9 @@ class _Link:
         self.connection: Connection | None = None
         self.connecting = False
         self.queue: deque[Call[Any]] = deque()
+        # When the last attempt to connect failed, and when the server last failed somebody: who goes on asking, and is
+        # answered with the old failure meanwhile, must not put off the next attempt.
+        self.refused_at = float("-inf")
         self.failed_at = float("-inf")
         self.backoff = 0.0
         self.error: DfsError | None = None
@@ -196,7 +199,7 @@ class Pool:
             call.send(link.connection)
         elif link.connecting:
             link.queue.append(call)
-        elif link.error is not None and trio.current_time() < link.failed_at + link.backoff:
+        elif link.error is not None and trio.current_time() < link.refused_at + link.backoff:
             call.fail(link.error)
         else:
             link.connecting = True
@@ -267,7 +270,7 @@ class Pool:
             connection = await self._handshake(link.peer)
         except DfsError as error:
             link.backoff = min(max(2 * link.backoff, BACKOFF_SECONDS), BACKOFF_LIMIT_SECONDS)
-            link.failed_at = trio.current_time()
+            link.refused_at = link.failed_at = trio.current_time()
             link.error = error
             self._end_queue(link, error)
             return

@@ -66,6 +66,20 @@ async def test_failures_are_answered_at_once_for_a_while(autojump_clock: trio.te
         assert not pool.is_suspect(peer)
 
 
+async def test_who_goes_on_asking_does_not_put_off_the_next_attempt(autojump_clock: trio.testing.MockClock) -> None:
+    """Readers that tried again more often than that kept a server away that had long been back."""
+    connects = Connects()
+    connects.broken = True
+    peer = Peer(1, "nowhere", 1)
+    async with open_pool(KEY, "", connect=connects) as pool:
+        for _ in range(200):
+            with pytest.raises(ConnectionLost, match="no route"):
+                await pool.call(peer, protocol.PING, Empty())
+            await trio.sleep(client.BACKOFF_LIMIT_SECONDS / 4)
+        assert connects.attempts > 200 / 4 / 2
+        assert pool.is_suspect(peer)
+
+
 async def test_call_waits_no_longer_than_told_for_a_connection(autojump_clock: trio.testing.MockClock) -> None:
     async def hang(host: str, port: int) -> Transport:
         await trio.sleep(1000)
