@@ -20,8 +20,9 @@ from metaserver.protocol import CHUNK_CAPACITY, Allocate, Seal
 log = structlog.get_logger(__name__)
 
 # A chunk on fewer servers than wanted, or on slow ones, is written to for so long: only then can it be copied, or are
-# others looked for. Twice as long each time there are still none.
-MAKESHIFT_SECONDS, LONGEST_MAKESHIFT_SECONDS = 10.0, 640.0
+# others looked for. Twice as long each time there are still none; but what is written has a copy less until then, also
+# when the servers are back.
+MAKESHIFT_SECONDS, LONGEST_MAKESHIFT_SECONDS = 10.0, 80.0
 RETRY_FIRST_SECONDS, RETRY_LAST_SECONDS = 0.05, 1.0
 CALL_SECONDS = 10.0
 # So long after the cluster had not enough space for a whole chunk, chunks are not kept for later.
@@ -49,6 +50,7 @@ class ChunkSupply:
         self._short_until = -math.inf
         self._stocking = trio.Lock()
         self._sealing = 0
+        self._closing = False
         self._sealed = trio.lowlevel.ParkingLot()
 
     async def run(self) -> None:
@@ -176,18 +178,29 @@ class ChunkSupply:
             self._jobs.start(self._seal, chunk)
 
     async def _seal(self, chunk: OpenChunk) -> None:
+        life, delay = self.life, RETRY_FIRST_SECONDS
         try:
-            await self._meta.call(protocol.SEAL, Seal(chunk.chunk, chunk.blamed), timeout=CALL_SECONDS)
-        except DfsError as error:
-            # The metaserver seals what is left open at the end of the session.
-            log.warning("could not seal a chunk", chunk=f"{chunk.chunk:x}", error=str(error))
+            while not await self._try_to_seal(chunk) and life == self.life and not self._closing:
+                await trio.sleep(delay)
+                delay = min(2 * delay, RETRY_LAST_SECONDS)
         finally:
             self._sealing -= 1
             if not self._sealing:
                 self._sealed.unpark_all()
 
+    async def _try_to_seal(self, chunk: OpenChunk) -> bool:
+        """False if it is worth another attempt: until the session ends, nobody else would seal the chunk, and only a
+        sealed one can be repaired."""
+        try:
+            await self._meta.call(protocol.SEAL, Seal(chunk.chunk, chunk.blamed), timeout=CALL_SECONDS)
+        except DfsError as error:
+            log.warning("could not seal a chunk", chunk=f"{chunk.chunk:x}", error=str(error))
+            return error.code not in PASSING
+        return True
+
     async def all_sealed(self) -> None:
-        """Returns when no seal is on its way."""
+        """Returns when no seal is on its way; for the end of the session, with which the metaserver seals the rest."""
+        self._closing = True
         while self._sealing:
             await self._sealed.park()
 

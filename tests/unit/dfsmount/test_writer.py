@@ -478,6 +478,29 @@ async def test_close_seals_what_is_open(autojump_clock: trio.testing.MockClock) 
         assert all(chunk.sealed for chunk in bench.meta.chunks.values())
 
 
+async def test_a_chunk_is_sealed_even_if_the_metaserver_was_away(autojump_clock: trio.testing.MockClock) -> None:
+    """Nobody else would do it before the end of the session, and only a sealed chunk can be repaired."""
+    async with open_bench() as bench:
+        file = bench.create()
+        await bench.writer.write(file, 0, b"x" * 1000)
+        await bench.writer.flush(file)
+        away = DfsError(ErrorCode.TIMEOUT, "the metaserver cannot be reached")
+        bench.meta.errors["seal"].extend([away] * 20)
+        await trio.sleep(300)
+        assert [failed for _, failed in bench.meta.sealed] == [()]
+
+
+async def test_closing_does_not_wait_for_a_metaserver_that_is_away(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_bench() as bench:
+        file = bench.create()
+        await bench.writer.write(file, 0, b"x" * 1000)
+        away = DfsError(ErrorCode.TIMEOUT, "the metaserver cannot be reached")
+        bench.meta.errors["seal"].extend([away] * 1000)
+        with trio.fail_after(60):
+            await bench.writer.close()
+        assert not bench.meta.sealed
+
+
 async def test_an_idle_chunk_is_sealed(autojump_clock: trio.testing.MockClock) -> None:
     async with open_bench() as bench:
         file = bench.create()
