@@ -49,6 +49,8 @@ def troubles(status: Status) -> list[str]:
     found = []
     if status.chunks.missing:
         found.append(f"DATA IS MISSING: {count_text(status.chunks.missing, 'chunk')} without a good copy")
+    if status.read_only:
+        found.append(f"READ-ONLY, and what is counted here may be old: {status.read_only}")
     if not status.servers:
         found.append("no chunkserver has registered, so nothing can be written")
     elif not up:

@@ -35,6 +35,8 @@ EXPECTED_ERRORS = frozenset(
         "the metaserver's disk is full: only what frees space goes on",
         "the reserve is used up",
         "the changelog is used again: until a snapshot file can be made, the store cannot be rebuilt",
+        # The same after a restart.
+        "until a snapshot file is made, the store cannot be rebuilt",
         "the end of the window could not be noted; the next start will wait again",
         "no space for a snapshot file",
         "attributes of a file could not be set",

@@ -89,6 +89,12 @@ def test_missing_data_comes_first() -> None:
     assert words.verdict(worst).startswith("Not healthy: DATA IS MISSING: 3 chunks")
 
 
+def test_a_cluster_that_can_only_be_read_is_not_healthy() -> None:
+    refusing = "this metaserver's data directory is older than its chunkservers'"
+    assert words.verdict(status(read_only=refusing)).startswith("Not healthy: READ-ONLY")
+    assert refusing in words.verdict(status(read_only=refusing))
+
+
 def test_the_cleaner_is_shown_while_it_has_work() -> None:
     assert not any(line.startswith("cleaner") for line in words.summary_lines(status(), "host:1"))
     cleaner = CleanerStatus(candidates=3, dead_bytes=100 << 20, cleaning=1, freed_chunks=7)
