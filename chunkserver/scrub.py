@@ -202,16 +202,16 @@ class Scrubber:
         """What has read nothing, or not everything, says nothing of what is there: it is not the last pass that is
         shown."""
         state, now_ns = self._state, self._table.now_ns()
-        if not state.done_bytes:
-            log.info("there was nothing to scrub")
-            state.position, state.began_ns = -1, 0
-            return
         if state.skipped:
             log.warning("not everything could be scrubbed; trying again", replicas=state.skipped)
             state.position, state.done_bytes, state.began_ns, state.skipped = -1, 0, 0, 0
             self._count_left()
             await self._save()
             await self._rest(EMPTY_SECONDS)
+            return
+        if not state.done_bytes:
+            log.info("there was nothing to scrub")
+            state.position, state.began_ns = -1, 0
             return
         state.last_seconds, state.last_ended_ns = max(0.0, (now_ns - state.began_ns) / _NS), now_ns
         log.info(

@@ -344,3 +344,22 @@ async def test_a_pass_that_could_not_read_everything_does_not_count_as_one(
         await trio.sleep(2 * scrub.EMPTY_SECONDS + 600)
         assert scrubber(started).status().last_pass_seconds > 0
         assert scrubber(started).status().bad == 0
+
+
+async def test_a_pass_that_could_read_nothing_is_not_tried_again_at_once(
+    start: Start, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is short of memory is not to be kept busy with that, nor its log filled."""
+    async with start() as started:
+        await sealed(started, 1)
+        attempts = 0
+
+        async def verify_slice(replica: Any, found: Any) -> bool:
+            nonlocal attempts
+            attempts += 1
+            await trio.sleep(0.01)
+            raise DfsError(ErrorCode.UNAVAILABLE, "too many open files")
+
+        monkeypatch.setattr(started.store.reads, "verify_slice", verify_slice)
+        await trio.sleep(scrub.FIRST_SECONDS + 3 * scrub.EMPTY_SECONDS)
+        assert 1 < attempts < 5
