@@ -226,6 +226,7 @@ class Repair:
             return
         self._committer.change(0, 0, lambda tx, _: apply_result(tx, server, order, result), frees=True)
         self.orders.answered(order, now)
+        self.look_at(order.chunk)  # whatever else is refused: the result does not come again
         if result.error:
             self._failed(outstanding, result)
         else:
@@ -237,7 +238,6 @@ class Repair:
         if order.kind == OrderKind.SEAL and not result.error:
             self._members.by_id[server].unsealed.discard(order.chunk)
         self._settled(order, server, result)
-        self.look_at(order.chunk)
 
     def _settled(self, order: Order, server: int, result: OrderResult) -> None:
         """What is known now of a replica that was to be verified or deleted."""
@@ -327,20 +327,23 @@ class Repair:
         """Takes some steps from each queue; what cannot be done now goes back into it."""
         losses_unknown = self._losses_unknown
         for group, queue in self._queues.items():
-            waiting = []
-            for done in range(min(WORK_CHUNKS, len(queue))):
-                item = queue.pop()
-                if item is None:
-                    break
-                hasty = group is Group.COPIES and losses_unknown and item[1][0] > 1
-                if hasty or not self._carry_out(item[0]):
+            waiting: list[tuple[int, Urgency]] = []
+            try:
+                for done in range(min(WORK_CHUNKS, len(queue))):
+                    item = queue.pop()
+                    if item is None:
+                        break
                     waiting.append(item)
-                if hasty:
-                    break
-                if done % YIELD_EVERY == YIELD_EVERY - 1:
-                    await trio.lowlevel.checkpoint()
-            for chunk, urgency in waiting:
-                queue.put(chunk, urgency)
+                    if group is Group.COPIES and losses_unknown and item[1][0] > 1:
+                        break
+                    if self._carry_out(item[0]):
+                        waiting.pop()
+                    if done % YIELD_EVERY == YIELD_EVERY - 1:
+                        await trio.lowlevel.checkpoint()
+            finally:
+                # Also what was refused on a full disk: it would be found again by the walk only.
+                for chunk, urgency in waiting:
+                    queue.put(chunk, urgency)
 
     def _look(self, chunk: int) -> _Looked:
         (row, replicas), _ = self._committer.read(0, lambda tx: (chunks.find(tx, chunk), chunks.replicas(tx, chunk)))

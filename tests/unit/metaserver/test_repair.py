@@ -12,6 +12,7 @@ from metaserver import chunks, protocol
 from metaserver.census import Census
 from metaserver.changelog import LogFull
 from metaserver.errors import DfsError, ErrorCode
+from metaserver.planning import Group
 from metaserver.protocol import ChunkState, OrderKind, OrderResult, ReplicaReport, ReplicaState, ReportPage
 from metaserver.schema import IdKind
 from metaserver.space import LEAST_LIMIT
@@ -519,3 +520,32 @@ async def test_a_page_that_is_left_open_does_not_have_chunks_counted_all_the_tim
             await metaserver.parts.status.status()
             await trio.sleep(5)
         assert 2 <= counted <= 4
+
+
+async def test_chunks_that_wait_for_their_turn_are_not_forgotten_on_a_full_disk(
+    data: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a lost server's chunks are found again by the slow walk only, the most urgent ones last."""
+    async with running(data, lost_after_seconds=20.0, session_deadline_seconds=1e6) as metaserver:
+        mount, servers = await three(metaserver)
+        for number in range(20):
+            await written(mount, servers.servers, b"%d" % number)
+        await servers.run(20)
+        servers.stopped.add(1)
+        await servers.run(19)
+        repair = metaserver.parts.repair
+        monkeypatch.setattr(repair, "_walk", lambda: None)
+
+        def full(*_: object) -> None:
+            raise LogFull
+
+        with monkeypatch.context() as patch:
+            patch.setattr(metaserver.committer.log, "append", full)
+            await servers.run(3)
+            lacking = repair.waiting(Group.COPIES)
+            assert lacking > 3
+            await servers.run(10)
+            assert repair.waiting(Group.COPIES) == lacking
+        await servers.run(60)
+        health = await metaserver.parts.status.health()
+        assert (health.total, health.healthy, health.too_few) == (20, 20, 0)
