@@ -142,6 +142,9 @@ class Cluster:
         for what, (ended, severity) in self._trouble.items():
             if severity >= least and (ended + EXCUSED_SECONDS > started or not started):
                 return what
+        parts = self.meta.parts
+        if parts is not None and sum(member.works for member in parts.members.by_id.values()) < self.plan.min_copies:
+            return "too few servers take data"
         return ""
 
     def pick(self) -> ChunkNode:
@@ -211,10 +214,10 @@ class Cluster:
                 # A failed disk is looked at again by a restart only.
                 await self.kill(chunk)
                 await self.restart(chunk)
-        await self._scrub()
+        await self.scrub()
 
-    async def _scrub(self) -> None:
-        """Finds whatever rot there is."""
+    async def scrub(self) -> None:
+        """Finds whatever rot there is in what is sealed."""
         await self.until(lambda: all(chunk.serving for chunk in self.chunks), 30.0, "all chunkservers run")
         for chunk in self.chunks:
             if chunk.serving is not None:

@@ -33,6 +33,9 @@ async def check_at_rest(cluster: Cluster) -> None:
     if trace.violations:
         return
     await cluster.until(lambda: not unrest(cluster), REST_SECONDS, "everything is at rest")
+    # What was sealed since the last look may have rotted before that.
+    await cluster.scrub()
+    await cluster.until(lambda: not unrest(cluster), REST_SECONDS, "everything is at rest after scrubbing")
     if trace.violations:
         trace.add("unrest: " + "; ".join(unrest(cluster)))
         return
