@@ -2,7 +2,7 @@
 the reconnect window, and nothing at all but the clock while this metaserver knows itself to be rolled back."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import structlog
 import trio
@@ -74,11 +74,17 @@ class Aging:
         for member in self._members.age(self._clock.seconds):
             if member.state is ServerState.LOST:
                 self._repair.lost(member.server)
-                with _tried_again("noting that a server is lost"):
-                    if not self._changes.refusing:
-                        self._repair.keep(member)
             else:
                 self._repair.silent(member.server)
+        if not self._changes.refusing:
+            self._keep_unsaved()
+
+    def _keep_unsaved(self) -> None:
+        """That a server is LOST, and what else there was no space for."""
+        for member in self._members.by_id.values():
+            if member.unsaved:
+                with suppress(DfsError):  # the log has it that the disk is full
+                    self._repair.keep(member)
 
     async def _end_overdue(self) -> None:
         while True:
