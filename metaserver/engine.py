@@ -232,16 +232,21 @@ class Engine:
         try:
             self.log.prepare()
             self.store.reserve(self.options.store_reserve_bytes)
-            make_reserve(self.directory, self.options, self.files)
             if self.log_full:
-                # What is there may be all there is; whether more can be had is seen by trying.
-                probe = self.directory / PROBE_NAME
-                self.files.reserve(probe, self.options.segment_bytes)
-                self.files.delete(probe)
+                self._probe()
+            make_reserve(self.directory, self.options, self.files)
         except OSError as error:
             if is_full(error):
                 raise LogFull from error
             raise
+
+    def _probe(self) -> None:
+        """What is there may be all there is; whether more can be had is seen by trying. The reserve counts as well, and
+        is not made before: it would take back at once what was spent of it."""
+        probe = self.directory / PROBE_NAME
+        missing = 0 if (self.directory / RESERVE_NAME).exists() else self.options.reserve_bytes
+        self.files.reserve(probe, self.options.segment_bytes + missing)
+        self.files.delete(probe)
 
     async def _make_next(self) -> None:
         """Deletions go on for as long as it takes: an old segment is used again, once the store has what it says."""
