@@ -253,9 +253,10 @@ class Waiting:
         for operation in operations:
             if operation.thread and self._is_killed(operation.thread):
                 self._interrupt(operation)
-        unknown = [operation for operation in operations if not operation.thread]
-        if not unknown:
+        if all(operation.thread for operation in operations):
             return
+        # Also those that have just begun: what a killed process waits for may be one, and an older one another's.
+        unknown = [operation for operation in self._operations.values() if not operation.thread]
         threads = {operation.thread for operation in self._operations.values()}
         # Who waits for a request that says whose it is waits for no other.
         victims = [victim for victim in self._victims() if victim.thread not in threads]

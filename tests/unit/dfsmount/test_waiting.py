@@ -213,6 +213,25 @@ async def test_where_it_may_be_anothers_nobodys_ends(nursery: trio.Nursery, auto
     assert len(waiting) == 0
 
 
+async def test_a_request_that_has_just_begun_is_whose_it_may_be(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """The older one is another's: of a program that reads past the page cache, or pages that the kernel writes."""
+    victims: list[Victim] = []
+    waiting = Waiting(3600, limit=10, victims=lambda: victims)
+    other = waiting.begin(Kind.READING, "read", 5)
+    other.arguments = (1, 0, 4096)
+    await trio.sleep(1)
+    own = waiting.begin(Kind.READING, "read", 5)
+    own.arguments = (2, 0, 4096)
+    victims.append(Victim(20, 5, ("read",), 0, 4096))
+    waiting.sweep()
+    assert not other.scope.cancel_called
+    waiting.end(other)
+    await trio.sleep(1)
+    waiting.sweep()
+    assert own.scope.cancel_called
+    waiting.end(own)
+
+
 async def test_who_waits_for_its_own_request_ends_no_other(nursery: trio.Nursery, autojump_clock: object) -> None:
     """The kernel asks for an attribute before it writes; meanwhile it writes pages of the same file."""
 
