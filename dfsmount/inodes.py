@@ -188,14 +188,19 @@ class InodeTable:
             self.drop_unused(inode)
 
     def trim(self) -> None:
-        """Gives up what is not needed of too many inodes, those first that have been known the longest."""
+        """Gives up what is not needed of too many inodes, those first that have been known the longest. What nobody has
+        been told yet of lost bytes stays."""
         excess = len(self._inodes) - MAX_INODES
         if excess <= 0:
             return
         now = self._clock()
         # A tenth more, so that this is not done again at once.
         wanted = excess + MAX_INODES // 10
-        unneeded = (ino for ino, inode in self._inodes.items() if inode.opened is None and inode.believed_until < now)
+        unneeded = (
+            ino
+            for ino, inode in self._inodes.items()
+            if inode.opened is None and inode.lost is None and inode.believed_until < now
+        )
         for ino in list(islice(unneeded, wanted)):
             inode = self._inodes.pop(ino)
             if max(inode.changed_at, inode.doubted_at) + self._timeout > now:

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from dfsmount.inodes import InodeTable
+from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import Attributes
 
 ATTRIBUTES = Attributes(7, 0o100644, 0, 0, 1, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -114,12 +115,16 @@ def test_very_many_inodes_are_trimmed(clock: Clock, monkeypatch: pytest.MonkeyPa
     opened = table.get(3)
     assert opened is not None
     opened.opened = object()  # type: ignore[assignment]
+    untold = table.get(5)
+    assert untold is not None
+    untold.lost = DfsError(ErrorCode.IO, "written bytes were lost")
     for ino in range(100, 140):
         table.learn(with_(ino=ino), asked_at=102.0).lookups = 1
     table.doubt(2)
     table.trim()
     assert len(table) == 90
     assert table.get(3) is opened
+    assert table.get(5) is untold, "the next open or rename tells of it"
     assert table.get(4) is None
     assert table.get(2) is None
     assert left == [2], "answers from before the doubt are still believed elsewhere"
