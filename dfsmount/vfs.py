@@ -133,11 +133,11 @@ class Vfs:
     async def write_everything(self) -> None:
         """Returns when all that was done here is durable; raises IO if some of it is lost."""
         core = self.core
-        failures = sum(file.state.error_count for file in core.files)
+        losses = core.losses
         await core.deferred.settle_all()
         await core.writer.flush_all()
         await core.remote.sync()
-        if sum(file.state.error_count for file in core.files) > failures:
+        if core.losses > losses:
             raise DfsError(ErrorCode.IO, "some of what was written is lost")
 
     async def finish(self) -> None:

@@ -404,6 +404,27 @@ async def test_finish_writes_everything_and_closes_everything(plant: Plant, a: T
     assert [ino for ino, _ in files if openers(plant, ino)] == [files[0][0]]
 
 
+async def test_a_loss_is_told_although_another_file_with_one_is_deregistered_meanwhile(
+    a: TestMount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a.writer.broken = DfsError(ErrorCode.IO, "no server takes it")
+    _, old = await a.create(b"old", b"data")
+    with pytest.raises(DfsError):
+        await a.files.fsync(old)
+    await a.close(old)
+    await a.create(b"new", b"data")
+    flush_all = a.writer.flush_all
+
+    async def flush_and_close() -> None:
+        await flush_all()
+        a.core.files.closed(a.core.files.take_idle())
+        assert len(a.core.files) == 1
+
+    monkeypatch.setattr(a.writer, "flush_all", flush_and_close)
+    with pytest.raises(DfsError):
+        await a.vfs.write_everything()
+
+
 # -- attributes that are ahead -------------------------------------------------------------------------------------
 
 
