@@ -55,6 +55,23 @@ def test_units_are_hardened(name: str, limit: float) -> None:
     assert float(found[1]) <= limit
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="drops capabilities")
+def test_a_mount_as_a_service_sees_what_killed_processes_wait_for() -> None:
+    """Those of other users, and of root with more capabilities than the unit leaves it."""
+    text = (ROOT / "systemd/dfsmount@.service").read_text()
+    found = re.search("^CapabilityBoundingSet=(.*)$", text, re.MULTILINE)
+    assert found
+    names = ",".join("+" + name.removeprefix("CAP_").lower() for name in found[1].split())
+    waiting = subprocess.Popen(["sleep", "60"])
+    try:
+        files = [f"/proc/{waiting.pid}/{name}" for name in ("syscall", "wchan", "fdinfo/1", "mountinfo")]
+        done = run("setpriv", f"--bounding-set=-all,{names}", "cat", *files)
+        assert done.returncode == 0, done.stderr
+    finally:
+        waiting.kill()
+        waiting.wait()
+
+
 @pytest.mark.parametrize("name", UNITS)
 def test_units_notify_and_are_watched(name: str) -> None:
     text = (ROOT / "systemd" / name).read_text()
