@@ -13,7 +13,7 @@ from chunkserver.config import Config, ConfigError
 from chunkserver.identity import DataDirectoryError
 from chunkserver.serve import StartError, serve_until_signal
 from metaserver import logs
-from metaserver.errors import DfsError
+from metaserver.errors import DfsError, ErrorCode
 from metaserver.key import ClusterKey, KeyFileError, load_key
 from metaserver.version import VERSION
 
@@ -23,9 +23,17 @@ EXPECTED = (ConfigError, DataDirectoryError, StartError, KeyFileError, DfsError)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def fail(text: str) -> typer.Exit:
+# sysexits.h: EX_CONFIG, for what stays wrong until somebody does something about it.
+EXIT_CONFIG = 78
+
+
+def fail(error: Exception, key_file: str = "") -> typer.Exit:
+    """One line on standard error, and how to end."""
+    text = error.text if isinstance(error, DfsError) else str(error)
+    if isinstance(error, DfsError) and error.code is ErrorCode.BAD_KEY:
+        text = f"the metaserver does not accept the cluster key {key_file}: copy the one it has here"
     print(f"chunkserver: {text}", file=sys.stderr)
-    return typer.Exit(1)
+    return typer.Exit(EXIT_CONFIG if isinstance(error, ConfigError | KeyFileError) else 1)
 
 
 def _show_version(wanted: bool) -> None:
@@ -73,15 +81,21 @@ def run(
         "scrub_days": scrub_days,
         "log_level": log_level,
     }
+    configuration: Config | None = None
     try:
-        _serve(_configuration(config, {flag: value for flag, value in flags.items() if value is not None}))
+        configuration = _configuration(config, {flag: value for flag, value in flags.items() if value is not None})
+        _serve(configuration)
     except EXPECTED as error:
-        raise fail(error.text if isinstance(error, DfsError) else str(error)) from None
+        raise fail(error, _key_file(configuration)) from None
     except BaseExceptionGroup as group:
         expected = _only_expected(group)
         if expected is None:
             raise
-        raise fail(expected.text if isinstance(expected, DfsError) else str(expected)) from None
+        raise fail(expected, _key_file(configuration)) from None
+
+
+def _key_file(config: Config | None) -> str:
+    return "" if config is None else config.key_file
 
 
 def _configuration(file: Path | None, flags: dict[str, object]) -> Config:
@@ -116,7 +130,7 @@ def check(
     try:
         report = checks.check_directory(data, power_cut=power_cut)
     except DataDirectoryError as error:
-        raise fail(str(error)) from None
+        raise fail(error) from None
     for problem in report.problems:
         print(f"{problem.key}: {problem.text}")
     print(f"{report.rows} chunks checked in {report.seconds:.1f} s, {len(report.problems)} problems")

@@ -16,6 +16,7 @@ import pytest
 from mount_cluster import ROOT, RealCluster, free_base, module, run, running
 
 from dfsmount import dfs_find
+from metaserver.key import load_or_create_key
 from metaserver.wire import HEADER_BYTES
 
 pytestmark = pytest.mark.timeout(120)
@@ -214,6 +215,18 @@ def test_a_configuration_that_is_garbage(name: str, text: str, tmp_path: Path) -
 def test_nothing_listens_beyond_loopback_without_a_key(tmp_path: Path) -> None:
     words = ("--data", tmp_path / "c", "--listen", "0.0.0.0:0", "--http", "127.0.0.1:0", "--metaserver", "127.0.0.1:1")
     one_line(chunkserver(*words), "chunkserver", "key")
+
+
+def test_a_wrong_key_is_named(cluster: RealCluster, tmp_path: Path) -> None:
+    key_file = tmp_path / "other.key"
+    load_or_create_key(key_file)
+    ports = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0")
+    words = ("--metaserver", f"127.0.0.1:{cluster.wanted.http_port}", "--key-file", key_file)
+    one_line(chunkserver("--data", tmp_path / "c", *ports, *words), "chunkserver", str(key_file))
+    key_file.write_text("no key")
+    done = chunkserver("--data", tmp_path / "c", *ports, *words)
+    one_line(done, "chunkserver", str(key_file))
+    assert done.returncode == 78
 
 
 def test_a_server_of_another_cluster(own_cluster: RealCluster, tmp_path: Path) -> None:
