@@ -25,7 +25,7 @@ _WAITS = ("request_wait_answer", "__fuse_request_send", "__fuse_simple_request",
 _PENDING = re.compile(rb"^(?:SigPnd|ShdPnd):\s*(\w+)", re.MULTILINE)
 _STATE = re.compile(rb"^State:\s*(\w)", re.MULTILINE)
 _THREADS = re.compile(rb"^Threads:\s*(\d+)", re.MULTILINE)
-_ANYWHERE = 1 << 64
+ANYWHERE = 1 << 64
 _READ, _WRITE, _SYNC, _LIST = ("read",), ("write",), ("fsync", "fsyncdir"), ("readdir",)
 # What a thread that is in the kernel may be asking for, by the number of its system call; then: whether the third
 # argument is a length and the fourth a position. On machines that are not here it may be anything.
@@ -60,7 +60,7 @@ class Victim(NamedTuple):
     inode: int
     operations: tuple[str, ...]
     start: int = 0
-    stop: int = _ANYWHERE
+    stop: int = ANYWHERE
 
     @property
     def request(self) -> tuple[int, tuple[str, ...], int, int]:
@@ -98,13 +98,16 @@ def _victim(thread: Path, device: int) -> Victim:
     _check_device(thread, told["mnt_id"], device)
     known = _CALLS.get(platform.machine())
     operations, has_length, has_position = _ANY if known is None else known[words[0]]
-    start, stop = 0, _ANYWHERE
+    start, stop = 0, ANYWHERE
     # An append is made wherever the end is.
     if not int(told["flags"], 8) & os.O_APPEND:
         start = words[4] if has_position and words[4] != _CURRENT else int(told["pos"])
-        stop = start + words[3] if has_length else _ANYWHERE
-    if operations not in (_READ, _WRITE):
-        start, stop = 0, _ANYWHERE
+        stop = start + words[3] if has_length else ANYWHERE
+    if operations == _WRITE and int(told["flags"], 8) & os.O_DSYNC:
+        # The kernel has each write of O_SYNC followed by a request like that of fsync(2), with the call still going on.
+        operations += _SYNC
+    elif operations not in (_READ, _WRITE):
+        start, stop = 0, ANYWHERE
     # Last, because it moves on: what is read above is then about the call that it is still in.
     if (thread / "wchan").read_text() not in _WAITS:
         raise LookupError("waits for somebody else")

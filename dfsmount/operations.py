@@ -69,10 +69,9 @@ def _bounded(kind: Kind, *, second: int = 0) -> Callable[[Handler[P, R]], Handle
 
         async def run(self: "Operations", /, *arguments: P.args, **named: P.kwargs) -> R:
             waiting = self._waiting
-            operation = waiting.begin(kind, name, *self._asked(arguments, second))
+            operation = waiting.begin(kind, name, *self._asked(arguments, second), arguments)
             try:
                 with operation.scope:
-                    operation.arguments = arguments
                     operation.work = handler(self, *arguments, **named)
                     return await operation.work
                 waiting.failed(operation)

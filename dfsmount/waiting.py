@@ -10,7 +10,8 @@ be confirmed is looked up once more, ``security.capability`` comes before each w
 is, a page that read-ahead could not get is asked for again, by a page fault twice. And it serialises much: who changes
 a directory or a file, or looks up the same name, waits for whoever does so already, and asks when that has failed. Each
 would get the whole time again. So what follows at once upon an operation that was given up, from the same thread or
-about the same inode, gets only what that one has left of its time, and a little.
+about the same inode, gets only what that one has left of its time, and a little. A read that was given up concerns
+nobody but who asks for the same pages: elsewhere in the file, replicas may be well.
 
 **Killed processes.** A process that has been sent SIGKILL does not end while the kernel waits for us on its behalf, and
 pyfuse3 does not pass the kernel's interrupts on. So it is looked at while it waits (:mod:`dfsmount.killed`).
@@ -54,6 +55,8 @@ KILLED_AFTER_SECONDS = 0.5
 LOOK_SECONDS = 1.0
 # Looking takes no more than one part in so many of the time.
 LOOK_SHARE = 20
+# Reads and writes of the same of these pieces of a file may be about the same pages. The longest request is as long.
+PIECE_BYTES = 1 << 20
 
 
 class Kind(IntEnum):
@@ -62,6 +65,10 @@ class Kind(IntEnum):
     NAMES = 0
     READING = 1
     WRITING = 2
+
+
+# What operations have in common: a kind of thing, its number, and which part of it.
+Chain = tuple[str, int, int]
 
 
 class Operation:
@@ -79,7 +86,15 @@ class Operation:
     )  # fmt: skip
 
     def __init__(
-        self, serial: int, kind: Kind, name: str, subject: int, started: float, thread: int, also: int
+        self,
+        serial: int,
+        kind: Kind,
+        name: str,
+        subject: int,
+        started: float,
+        thread: int,
+        also: int,
+        arguments: Sequence[Any],
     ) -> None:
         self.serial = serial
         self.kind = kind
@@ -93,7 +108,7 @@ class Operation:
         self.errno = errno.EIO
         self.scope = trio.CancelScope()
         self.work: Coroutine[Any, Any, Any] | None = None
-        self.arguments: Sequence[Any] = ()
+        self.arguments = arguments
 
     def is_part_of(self, inode: int, operations: Sequence[str], start: int, stop: int) -> bool:
         """Whether it may be a request of a system call about the bytes from ``start`` to ``stop`` of an open file."""
@@ -104,17 +119,31 @@ class Operation:
 
     def _span(self) -> tuple[int, int]:
         if self.name not in ("read", "write"):
-            return 0, 1
+            return 0, killed.ANYWHERE
         _, offset, what = self.arguments
         return offset, offset + (what if self.name == "read" else len(what))
 
-    def chains(self) -> Iterator[tuple[str, int]]:
-        """What it has in common with others that wait for each other, as far as can be told."""
-        yield "inode", self.subject
+    def follows(self) -> Iterator[Chain]:
+        """What it has in common with others that it may have waited for, as far as can be told."""
+        yield from self._serialised()
+        if self.name in ("read", "write"):
+            yield from self._pieces()
+
+    def leads(self) -> Iterator[Chain]:
+        """What it has in common with others that may have waited for it."""
+        return self._pieces() if self.name == "read" else self._serialised()
+
+    def _serialised(self) -> Iterator[Chain]:
+        yield "inode", self.subject, 0
         if self.also:
-            yield "inode", self.also
+            yield "inode", self.also, 0
         if self.thread:
-            yield "thread", self.thread
+            yield "thread", self.thread, 0
+
+    def _pieces(self) -> Iterator[Chain]:
+        first, last = self._span()
+        for piece in range(first // PIECE_BYTES, -(-last // PIECE_BYTES)):
+            yield "piece", self.subject, piece
 
     def where(self) -> str:
         """The innermost lines of code that it waits at, outermost first."""
@@ -163,19 +192,21 @@ class Waiting:
         self._look_at = -math.inf
         self._counts = [0] * len(Kind)
         self._operations: dict[int, Operation] = {}
-        self._given_up: dict[tuple[str, int], GivenUp] = {}
+        self._given_up: dict[Chain, GivenUp] = {}
         self._serial = 0
 
     def __len__(self) -> int:
         return len(self._operations)
 
-    def begin(self, kind: Kind, name: str, subject: int, thread: int = 0, also: int = 0) -> Operation:
+    def begin(
+        self, kind: Kind, name: str, subject: int, thread: int = 0, also: int = 0, arguments: Sequence[Any] = ()
+    ) -> Operation:
         """Registers the current task's operation; :meth:`end` must follow. BUSY if too many of its kind wait."""
         if self._counts[kind] >= self._limit:
             raise DfsError(ErrorCode.BUSY, f"{self._limit} operations like {name} are waiting already")
         self._counts[kind] += 1
         self._serial += 1
-        operation = Operation(self._serial, kind, name, subject, self._clock(), thread, also)
+        operation = Operation(self._serial, kind, name, subject, self._clock(), thread, also, arguments)
         self._operations[self._serial] = operation
         if self._given_up:
             self._continue(operation)
@@ -184,7 +215,7 @@ class Waiting:
     def _continue(self, operation: Operation) -> None:
         """Gives an operation that belongs to a chain what is left of its time."""
         now = operation.started
-        known = [self._given_up.get(key) for key in operation.chains()]
+        known = [self._given_up.get(key) for key in operation.follows()]
         found = [last for last in known if last is not None and self._goes_on(last, now)]
         if not found:
             return
@@ -209,7 +240,7 @@ class Waiting:
         """It ends without an answer."""
         now = self._clock()
         if now >= operation.begun + self._timeout_seconds:
-            for key in operation.chains():
+            for key in operation.leads():
                 self._given_up[key] = GivenUp(operation.begun, operation.link, now)
 
     async def watch(self) -> None:

@@ -101,6 +101,14 @@ def test_of_reads_and_writes_it_is_told_which_bytes(tmp_path: Path) -> None:
 
 
 @KNOWN
+def test_a_write_of_o_sync_may_wait_for_its_sync(tmp_path: Path) -> None:
+    flags = os.O_RDWR | os.O_SYNC
+    in_call(thread(tmp_path, 10, 10, "D (disk sleep)", shared=PENDING), PWRITE, 3, 77, 100, 5000, flags=flags)
+    (found,) = killed.find_victims(DEVICE, tmp_path)
+    assert found == killed.Victim(10, 77, ("write", "fsync", "fsyncdir"), 5000, 5100)
+
+
+@KNOWN
 def test_numbers_of_system_calls_do_not_meet() -> None:
     known = killed._CALLS[platform.machine()]
     assert {operations for operations, _, _ in known.values()} == {

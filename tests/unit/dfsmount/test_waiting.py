@@ -147,6 +147,33 @@ async def test_a_chain_ends_however_often_somebody_asks(autojump_clock: object) 
     assert float("inf") in budgets
 
 
+async def test_a_read_that_was_given_up_concerns_who_asks_for_the_same_pages(autojump_clock: object) -> None:
+    """Other pages of the file may have replicas that answer, and so may what is written to it."""
+    now = Now()
+    waiting = Waiting(30, clock=now)
+    operation = waiting.begin(Kind.READING, "read", 5, arguments=(1, 1 << 20, 128 << 10))
+    now.seconds += 30
+    waiting.failed(operation)
+    waiting.end(operation)
+
+    def allowed(name: str, *arguments: object) -> float:
+        following = waiting.begin(Kind.READING, name, 5, arguments=arguments)
+        waiting.end(following)
+        return following.scope.deadline - trio.current_time()
+
+    assert allowed("read", 2, (1 << 20) + 4096, 4096) == pytest.approx(GRACE_SECONDS)
+    # The kernel locks a page until it is read; an O_SYNC write then waits for the servers.
+    assert allowed("write", 2, 1000 << 10, bytes(64 << 10)) == pytest.approx(GRACE_SECONDS)
+    assert allowed("read", 2, 8 << 20, 4096) == float("inf")
+    assert allowed("write", 2, 8 << 20, bytes(9)) == float("inf")
+    assert allowed("fsync", 2, False) == float("inf")
+    operation = waiting.begin(Kind.WRITING, "fsync", 5, arguments=(1, False))
+    now.seconds += 30
+    waiting.failed(operation)
+    waiting.end(operation)
+    assert allowed("read", 2, 8 << 20, 4096) == pytest.approx(GRACE_SECONDS)
+
+
 async def test_an_error_that_is_an_answer_begins_no_chain(autojump_clock: object) -> None:
     now = Now()
     waiting = Waiting(30, clock=now)
@@ -200,6 +227,14 @@ async def test_pages_that_the_kernel_writes_are_nobodys(nursery: trio.Nursery, a
     waiting = Waiting(3600, limit=10, victims=lambda: [Victim(20, 5, ("write",), 5000, 5100)])
     asked: list[Asked] = [("write", 5, 0, (1, 8192, bytes(4096))), ("write", 5, 0, (2, 5000, bytes(100)))]
     assert await interrupted(waiting, nursery, asked) == [1]
+
+
+async def test_a_write_that_is_followed_by_a_sync_ends_no_pages(nursery: trio.Nursery, autojump_clock: object) -> None:
+    waiting = Waiting(3600, limit=10, victims=lambda: [Victim(20, 5, ("write", "fsync"), 5000, 5100)])
+    asked: list[Asked] = [("write", 5, 0, (1, 4096, bytes(4096))), ("fsync", 5, 0, (2, False))]
+    assert await interrupted(waiting, nursery, asked) == []
+    waiting = Waiting(3600, limit=10, victims=lambda: [Victim(20, 5, ("write", "fsync"), 5000, 5100)])
+    assert await interrupted(waiting, nursery, asked[1:]) == [0]
 
 
 async def test_where_it_may_be_anothers_nobodys_ends(nursery: trio.Nursery, autojump_clock: object) -> None:
