@@ -25,7 +25,7 @@ import lmdb
 import structlog
 from crc32c import crc32c
 
-from metaserver.files import SHORTAGES, is_full, naming, sync_file
+from metaserver.files import FULL, SHORTAGES, is_full, naming, sync_file
 from metaserver.known import Known
 from metaserver.overlay import PREFIX, Rows
 from metaserver.pages import PAGE_BYTES, RESIDUE, DamagedPage, check_pages, read_meta
@@ -332,7 +332,7 @@ class Store(Reader):
                 readahead=False,
             )
         except lmdb.Error as error:
-            raise CorruptStore(f"{path} cannot be opened ({error})") from error
+            raise _unopened(error, path) from error
         store = cls(path, environment, known)
         try:
             store.check_entries()
@@ -351,10 +351,7 @@ class Store(Reader):
                 str(path), subdir=False, map_size=map_bytes, readonly=True, lock=False, readahead=False, create=False
             )
         except lmdb.Error as error:
-            short = next((number for number in SHORTAGES if os.strerror(number) in str(error)), 0)
-            if short:
-                raise OSError(short, os.strerror(short), str(path)) from error
-            raise CorruptStore(f"{path} cannot be opened ({error})") from error
+            raise _unopened(error, path) from error
         return cls(path, environment)
 
     def check_entries(self) -> None:
@@ -474,6 +471,14 @@ class Store(Reader):
             view.close()
         self._end_transaction()
         self.environment.close()
+
+
+def _unopened(error: lmdb.Error, path: Path) -> CorruptStore | OSError:
+    """What it means that LMDB does not open a file: of a shortage there is only the text."""
+    short = next((number for number in (*SHORTAGES, *FULL) if os.strerror(number) in str(error)), 0)
+    if short:
+        return OSError(short, os.strerror(short), str(path))
+    return CorruptStore(f"{path} cannot be opened ({error})")
 
 
 def _failure(error: lmdb.Error, path: Path) -> StoreFull | OSError:

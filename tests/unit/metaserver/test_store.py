@@ -301,3 +301,19 @@ def test_a_write_that_finds_space_for_a_part_meets_a_full_disk(
         store.copy(path.with_name("copy"))
     assert list(path.parent.glob("*.room")) == []
     store.close()
+
+
+def test_too_few_descriptors_are_no_damage(path: Path) -> None:
+    """To have it recovered would be the wrong advice."""
+    probe = os.open(path, os.O_RDONLY)
+    os.close(probe)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Enough for whoever looks at the file first, and not for LMDB, which opens several.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (probe + 1, hard))
+    try:
+        with pytest.raises(OSError) as caught:
+            Store.open(path, SMALL_MAP)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.errno == errno.EMFILE
+    Store.open(path, SMALL_MAP).close()
