@@ -28,21 +28,21 @@ FIRST_REREAD_SECONDS = 1800.0
 async def snapshot(engine: Engine) -> Snapshot:
     """Makes a snapshot file of everything up to now; the log that it makes superfluous is deleted. Raises
     ``StoreFull``, ``SnapshotFailed`` or :class:`EngineFailed`."""
-    recycled = engine.log.recycled
     await engine.checkpoint()
     directory = engine.directory / SNAPSHOTS_NAME
-    appended = engine.log.appended
     async with engine.map_lock:
+        # One after another: of two at once each would take away what the other has made up for.
+        recycled, appended = engine.log.recycled, engine.log.appended
         try:
             made: Snapshot = await engine.run_sync(
                 make_snapshot, engine.store, directory, engine.files, engine.options.segment_bytes
             )
         except (CorruptStore, OSError) as error:
             raise await _whose_fault(engine, error) from error
+        engine.log.appended -= appended
+        # What was used again meanwhile may be what this very snapshot needs (its file may be what filled the disk).
+        engine.log.recycled -= recycled
     engine.snapshot_failure = ""
-    engine.log.appended -= appended
-    # What was used again meanwhile may be what this very snapshot needs (its file may be what has filled the disk).
-    engine.log.recycled = max(0, engine.log.recycled - recycled)
     if engine.recovery is not None:
         engine.recovery = engine.recovery._replace(endangered=False)
     position = kept_from(directory)

@@ -278,6 +278,17 @@ async def test_much_log_makes_a_snapshot(tmp_path: Path) -> None:
         assert len(list_snapshots(tmp_path / "snapshots")) == 1
 
 
+async def test_two_snapshots_at_once_do_not_count_twice(tmp_path: Path) -> None:
+    """The hourly one and that for what was found damaged: the next would come after twice as much log."""
+    async with open_committer(tmp_path, options=OPTIONS) as committer:
+        prepare(committer)
+        many(20)(committer)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(committer.snapshot)
+            nursery.start_soon(committer.snapshot)
+        assert committer.log.appended == 0
+
+
 async def test_no_space_for_a_snapshot_is_not_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_committer(tmp_path, options=OPTIONS) as committer:
         prepare(committer)
