@@ -24,6 +24,7 @@ import trio
 
 from dfsmount.gateway_paths import HIDDEN
 from dfsmount.gateway_tree import Node, Tree, version_of
+from dfsmount.vfs_files import without_special_bits
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.httpranges import Version
 from metaserver.protocol import DirectoryEntry, RenameFlags, SetAttributes
@@ -97,13 +98,13 @@ class Upload:
 
     async def place(self, name: bytes, before: Node | None, *, replace: bool) -> Uploaded:
         """Gives a complete upload its name; durable when it returns. EXISTS if something has it and is not to be
-        replaced; what replaces a file gets its mode and owner."""
+        replaced; what replaces a file gets its mode and owner, but no S_ISUID or S_ISGID: who may upload may not
+        thereby have root run something."""
         client = self._tree.client
         if before is not None and stat.S_ISREG(before.attributes.mode):
             old = before.attributes
-            await client.vfs.set_attributes(
-                SetAttributes(self.ino, mode=stat.S_IMODE(old.mode), uid=old.uid, gid=old.gid)
-            )
+            mode = without_special_bits(stat.S_IMODE(old.mode))
+            await client.vfs.set_attributes(SetAttributes(self.ino, mode=mode, uid=old.uid, gid=old.gid))
             await self._files.fsync(self.number)
         flags = RenameFlags.NONE if replace else RenameFlags.NOREPLACE
         await client.vfs.names.rename(self.parent, self.name, self.parent, name, flags)
