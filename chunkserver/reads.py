@@ -21,6 +21,8 @@ log = structlog.get_logger(__name__)
 
 # Shortages of this process or machine, which say nothing about a replica.
 OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})
+# What a restart has frozen is read back again after so long, if one of these was in the way.
+SHORTAGE_SECONDS = 1.0
 
 
 class Reads:
@@ -205,7 +207,8 @@ class Reads:
     async def ensure_verified(self, replica: Replica) -> None:
         """Cuts a frozen replica to the prefix whose bytes are really on the disk, once; then it is reported.
 
-        If it cannot be read it is reported as damaged, and IO is raised.
+        If it cannot be read it is reported as damaged, and IO is raised. Waits while this process is short of
+        something: that says nothing of the replica. May be cancelled.
         """
         while replica.verifying is not None:
             await replica.verifying.wait()
@@ -213,7 +216,7 @@ class Reads:
             return
         finished = replica.verifying = trio.Event()
         try:
-            bad, index = await self._bad_blocks(replica)
+            bad, index = await self._bad_blocks_at_last(replica)
         except DfsError as error:
             replica.error = replica.error or error.code.name
             self._verified(replica)
@@ -225,6 +228,19 @@ class Reads:
         finally:
             replica.verifying = None
             finished.set()
+
+    async def _bad_blocks_at_last(self, replica: Replica) -> tuple[list[int], Index]:
+        told = False
+        while True:
+            try:
+                return await self._bad_blocks(replica)
+            except DfsError as error:
+                if error.code is not ErrorCode.UNAVAILABLE:
+                    raise
+                if not told:
+                    log.warning("cannot verify a replica yet", chunk=f"{replica.chunk:x}", reason=error.text)
+            told = True
+            await trio.sleep(SHORTAGE_SECONDS)
 
     def _verified(self, replica: Replica) -> None:
         replica.verified = True

@@ -4,16 +4,17 @@ import errno
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 import trio.lowlevel
 from chunkserver_harness import CLUSTER, FaultyDisk, Started, StartNode, Writer
 
-from chunkserver import chunkfile
+from chunkserver import chunkfile, reads
 from chunkserver.chunkfile import INDEX_OFFSET, PAYLOAD_OFFSET
 from chunkserver.client import Pool
-from chunkserver.disk import Disk, LocalDisk
+from chunkserver.disk import Disk, File, LocalDisk
 from chunkserver.index import Opened
 from chunkserver.protocol import Progress, Sync
 from chunkserver.replica import TRANSITIONS, Replica, ReplicaState
@@ -473,6 +474,38 @@ async def test_frozen_replica_is_cut_before_its_first_bad_block(start_node: Star
         await refused(ErrorCode.WRONG_OFFSET, a.store.seal(CHUNK, 8000, 8, writer.chain))
         index = a.store.table.open_chunks.get(CHUNK)
         await a.store.seal(CHUNK, 5000, 5, index.blocks.progress(5, 0).chain)
+
+
+class ShortDisk:
+    """Twice there is no descriptor for reading back."""
+
+    def __init__(self, disk: LocalDisk) -> None:
+        self._disk = disk
+        self.refused = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._disk, name)
+
+    def open_direct(self, path: str) -> File:
+        if self.refused < 2:
+            self.refused += 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        return self._disk.open_direct(path)
+
+
+async def test_a_frozen_replica_is_not_given_up_because_descriptors_are_short(
+    start_node: StartNode, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut it may be so everywhere at once, and these are the newest bytes there are."""
+    monkeypatch.setattr(reads, "SHORTAGE_SECONDS", 0.01)
+    async with start_node() as a:
+        writer = Writer(CHUNK)
+        await writer.send(pool, a.peer, os.urandom(8000), block=1000)
+    async with start_node(wrap=ShortDisk) as a:
+        await a.node.verified_first()
+        assert a.node.disk.refused == 2  # type: ignore[attr-defined]
+        assert [(report.entries, report.error) for report in a.node.listing()] == [(8, "")]
+        await a.store.seal(CHUNK, 8000, 8, writer.chain)
 
 
 @pytest.mark.parametrize("damage", ["sealed index", "sealed size", "other chunk", "other cluster", "garbage", "empty"])
