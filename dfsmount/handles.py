@@ -18,6 +18,7 @@ from dfsmount.ahead import Ahead
 from dfsmount.filestate import FileState
 from dfsmount.inodes import Inode, InodeTable
 from dfsmount.readahead import ReadAhead
+from dfsmount.remote import HeardLosses
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import DirectoryEntry, DirectoryPage, Opened
 
@@ -68,12 +69,14 @@ class OpenFile:
 
 
 class FileHandle:
-    """One open(2). ``durable_writes``: O_SYNC or O_DSYNC; ``errors_seen`` of the state's errors were reported."""
+    """One open(2). ``durable_writes``: O_SYNC or O_DSYNC; ``errors_seen`` of the state's errors were reported, and
+    ``losses`` of the mount's lost changes."""
 
-    __slots__ = ("durable_writes", "errors_seen", "file", "read_ahead", "writing")
+    __slots__ = ("durable_writes", "errors_seen", "file", "losses", "read_ahead", "writing")
 
-    def __init__(self, file: OpenFile, *, writing: bool, durable_writes: bool) -> None:
+    def __init__(self, file: OpenFile, losses: HeardLosses, *, writing: bool, durable_writes: bool) -> None:
         self.file = file
+        self.losses = losses
         self.writing = writing
         self.durable_writes = durable_writes
         # Not those that nobody has heard of: whoever had the file open before may have closed it too early for that.
@@ -99,9 +102,10 @@ class DirectoryHandle:
     page; None: they are too many to name.
     """
 
-    __slots__ = ("_doubted", "after", "asked_at", "end", "entries", "ino", "last", "limit")
+    __slots__ = ("_doubted", "after", "asked_at", "end", "entries", "ino", "last", "limit", "losses")
 
-    def __init__(self, ino: int) -> None:
+    def __init__(self, ino: int, losses: HeardLosses) -> None:
+        self.losses = losses
         self.ino = ino
         self._doubted: set[int] | None = set()
         self.rewind()

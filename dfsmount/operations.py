@@ -224,7 +224,7 @@ class Operations(pyfuse3.Operations):
 
     @_bounded(Kind.WRITING)
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        await self._vfs.sync_names()
+        await self._vfs.sync_names(fh)
 
     # -- attributes --------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ therefore ``vfs`` knows this interface and not the protocol's calls.
 from collections.abc import Sequence
 
 from metaserver import protocol
-from metaserver.client import MetaClient
+from metaserver.client import LostChange, MetaClient
 from metaserver.protocol import (
     Attributes,
     DirectoryPage,
@@ -21,6 +21,16 @@ from metaserver.protocol import (
     Unlinked,
 )
 from metaserver.wire import Response
+
+
+class HeardLosses:
+    """Of how many lost changes a descriptor has heard. Which files a change concerned is not asked: an fsync that fails
+    without need is better than one that succeeds although something of its file is lost."""
+
+    __slots__ = ("count",)
+
+    def __init__(self, count: int) -> None:
+        self.count = count
 
 
 class Remote:
@@ -99,9 +109,19 @@ class Remote:
     async def servers(self) -> dict[int, ServerAddress]:
         return await self._meta.servers()
 
-    async def sync(self) -> None:
-        """Returns when everything this mount has done or seen is durable."""
-        await self._meta.sync(timeout=self._timeout)
+    async def sync(self, losses: HeardLosses | None = None) -> None:
+        """Returns when everything this mount has done or seen is durable. Raises IO if a change was lost in a crash of
+        the metaserver of which ``losses`` has not heard (None: nobody has)."""
+        try:
+            await self._meta.sync(losses.count if losses is not None else None, timeout=self._timeout)
+        except LostChange:
+            if losses is not None:
+                losses.count = self._meta.lost_told
+            raise
+
+    def heard_losses(self) -> HeardLosses:
+        """For a descriptor that is opened now: it is told of what nobody has heard of."""
+        return HeardLosses(self._meta.lost_told)
 
     def now_ns(self) -> int:
         return self._meta.now_ns()

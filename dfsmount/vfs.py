@@ -125,10 +125,11 @@ class Vfs:
 
     # -- durability --------------------------------------------------------------------------------------------
 
-    async def sync_names(self) -> None:
-        """fsync(2) of a directory: every name this mount has made or seen is on stable storage."""
-        await self.core.deferred.settle_all()
-        await self.core.remote.sync()
+    async def sync_names(self, number: int | None = None) -> None:
+        """fsync(2) of a directory, open as ``number``: every name this mount has made or seen is on stable storage."""
+        core = self.core
+        await core.deferred.settle_all()
+        await core.remote.sync(core.handles.directory(number).losses if number is not None else None)
 
     async def write_everything(self) -> None:
         """Returns when all that was done here is durable; raises IO if some of it is lost."""

@@ -115,7 +115,8 @@ class Files:
 
     def _hand_out(self, file: OpenFile, flags: int, keep_cache: bool) -> Opened:
         writing = flags & os.O_ACCMODE != os.O_RDONLY
-        handle = FileHandle(file, writing=writing, durable_writes=bool(flags & _DURABLE))
+        losses = self._core.remote.heard_losses()
+        handle = FileHandle(file, losses, writing=writing, durable_writes=bool(flags & _DURABLE))
         return Opened(self._core.handles.add_file(handle), bool(flags & os.O_DIRECT), keep_cache)
 
     async def _truncate_opened(self, file: OpenFile, *, privileged: bool) -> None:
@@ -192,7 +193,7 @@ class Files:
         if not handle.file.settled:
             await core.flush_file(handle.file)
         handle.raise_new_error()
-        await core.remote.sync()
+        await core.remote.sync(handle.losses)
 
     async def _revalidate(self, file: OpenFile) -> None:
         """Another session changed the file since it was opened here."""

@@ -207,7 +207,7 @@ class Names:
 
     def open_directory(self, ino: int) -> int:
         """The number of a handle; needs no registration, a removed directory simply lists nothing."""
-        return self._core.handles.add_directory(DirectoryHandle(ino))
+        return self._core.handles.add_directory(DirectoryHandle(ino, self._core.remote.heard_losses()))
 
     def release_directory(self, number: int) -> None:
         self._core.handles.remove_directory(number)

@@ -62,6 +62,10 @@ class SessionIdentity(msgspec.Struct):
     read_only: bool = False
 
 
+class LostChange(DfsError):
+    """A change that had been answered was lost in a crash and could not be done again."""
+
+
 class Hooks(msgspec.Struct):
     """What the mount does when the metaserver asks. None of them may raise."""
 
@@ -182,7 +186,11 @@ class MetaClient:
         self._unanswered: set[int] = set()
         self._answered: deque[Change[Any]] = deque()
         self._withdrawn: list[int] = []
-        self._resend_failures: list[str] = []
+        # Answered changes that were lost in a crash and could not be done again: how many, of how many somebody has
+        # heard, and what is to be said.
+        self.lost_changes = 0
+        self.lost_told = 0
+        self._lost_text = ""
         # Answered changes of a session that has ended, until it is known which of them survived.
         self._left: list[Change[Any]] = []
         self._servers: dict[int, ServerAddress] = {}
@@ -206,7 +214,7 @@ class MetaClient:
         deadline = trio.current_time() + timeout
         if method.number in protocol.CHANGES:
             if len(self._changes) > MAX_UNDURABLE or self._kept_bytes > MAX_UNDURABLE_BYTES:
-                await self.sync()
+                await self._make_durable(deadline)
             return (await self._change(method, message, deadline, trace_id)).message
         while True:
             connection = self._connection
@@ -233,15 +241,25 @@ class MetaClient:
         the metaserver has given the change, which is that of the inodes it touched."""
         deadline = trio.current_time() + timeout
         if len(self._changes) > MAX_UNDURABLE or self._kept_bytes > MAX_UNDURABLE_BYTES:
-            await self.sync()
+            await self._make_durable(deadline)
         return await self._change(method, message, deadline, 0)
 
-    async def sync(self, *, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
+    async def sync(self, heard: int | None = None, *, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
         """Returns when everything this mount has done or seen is on the metaserver's stable storage.
 
-        Raises IO once if a change that had been answered was lost in a crash and could not be done again.
+        Raises :class:`LostChange` if a change that had been answered was lost in a crash and could not be done again,
+        to everybody who has not heard of it: ``heard`` of ``lost_changes`` the asker knows; None: as many as anybody.
         """
-        deadline = trio.current_time() + timeout
+        await self._make_durable(trio.current_time() + timeout)
+        if self.lost_changes > (self.lost_told if heard is None else heard):
+            self.lost_told = self.lost_changes
+            raise LostChange(ErrorCode.IO, self._lost_text)
+
+    def _note_loss(self, text: str) -> None:
+        self.lost_changes += 1
+        self._lost_text = text
+
+    async def _make_durable(self, deadline: float) -> None:
         while True:
             if self._connection is None and self._changes:
                 # In a new epoch nothing is "seen" yet, while what the last one lost is still being sent again.
@@ -251,9 +269,6 @@ class MetaClient:
                 await self.call(protocol.SYNC, protocol.Sync(seen), timeout=deadline - trio.current_time())
             if epoch == self.epoch:
                 break
-        if self._resend_failures:
-            text = self._resend_failures.pop(0)
-            raise DfsError(ErrorCode.IO, text)
 
     def now_ns(self) -> int:
         """The metaserver's clock: never later than it is there, and later than all it has told this mount.
@@ -568,7 +583,7 @@ class MetaClient:
             if change.answer is not None:
                 text = f"{change.method.name} was lost in a crash of the metaserver and failed again: {result.text}"
                 log.error("lost change", operation=change.operation, error=text)
-                self._resend_failures.append(text)
+                self._note_loss(text)
             change.error = DfsError(ErrorCode(result.code), result.text)
             self._drop(change)
         if change.settled is not None:
@@ -596,7 +611,7 @@ class MetaClient:
             if change.epoch != epoch and change.answer.number > survived.get(change.epoch, -1):
                 text = f"{change.method.name} was lost in a crash of the metaserver, and the session has ended"
                 log.error("lost change", operation=change.operation, error=text)
-                self._resend_failures.append(text)
+                self._note_loss(text)
 
     async def _keep_alive(self, connection: Connection) -> None:
         while True:
