@@ -31,6 +31,8 @@ Mounts a directory of a cluster. In the background unless -f is given: the comma
        sync_close         close(2) waits until the data is part of the file
        timeout=SECONDS    how long an operation waits for servers before it fails (default 30)
        hard               wait a week instead
+       noatime            reading moves no time of access (default: as relatime, sent late as with lazytime)
+       nodiratime         listing a directory moves none
        attr_timeout=SECONDS, entry_timeout=SECONDS
                           how long attributes and names are cached (default 1)
        cache_mib=N        memory for blocks that were read

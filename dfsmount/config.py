@@ -97,6 +97,11 @@ def _for_kernel(options: Options, word: str) -> None:
     options.kernel = (*options.kernel, word)
 
 
+def _not_for_kernel(word: str) -> Callable[[Options], None]:
+    """Takes back ``word``, which an earlier list may have said."""
+    return lambda options: setattr(options, "kernel", tuple(each for each in options.kernel if each != word))
+
+
 def _hard(options: Options) -> None:
     options.timeout = HARD_SECONDS
 
@@ -114,16 +119,21 @@ _FLAGS: dict[str, Callable[[Options], None]] = {
     "sync_close": _flag("sync_close"),
     "hard": _hard,
     "debug": _flag("debug"),
+    # Without noatime it is relatime, strictatime or not: see atimes.
+    "atime": _not_for_kernel("noatime"),
+    "relatime": _not_for_kernel("noatime"),
+    "strictatime": _not_for_kernel("noatime"),
+    "diratime": _not_for_kernel("nodiratime"),
 }
 _KERNEL_FLAGS = frozenset(
     {"exec", "noexec", "suid", "nosuid", "dev", "nodev", "sync", "async", "dirsync", "noatime", "nodiratime"}
 )
-# What mount(8), fstab(5) and systemd.mount(5) pass along or keep for themselves. There are no access times to update,
-# so their variants make no difference.
+# What mount(8), fstab(5) and systemd.mount(5) pass along or keep for themselves. Times of access are those of relatime
+# with lazytime whatever else is wished for, if noatime is not.
 _IGNORED = frozenset(
     {
         "defaults", "auto", "noauto", "_netdev", "nofail", "user", "nouser", "users", "owner", "group",
-        "atime", "diratime", "relatime", "norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime",
+        "norelatime", "nostrictatime", "lazytime", "nolazytime",
         "silent", "loud", "nosymfollow",
     }
 )  # fmt: skip

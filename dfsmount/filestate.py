@@ -6,6 +6,7 @@ creates one per inode; the writer changes what concerns dirty bytes, the reader 
 
 from collections.abc import Callable
 
+import msgspec
 import trio
 
 from dfsmount.dirty import DirtyRuns, Layer
@@ -217,6 +218,11 @@ class FileState:
         self.dirty.clear()
         self._show()
         self.settled.unpark_all()
+
+    def move_atime(self, seen_ns: int, atime_ns: int) -> None:
+        """The metaserver has moved the time of access from ``seen_ns``."""
+        if self.attributes.atime_ns == seen_ns:
+            self.attributes = msgspec.structs.replace(self.attributes, atime_ns=atime_ns)
 
     def fail(self, error: DfsError) -> None:
         """Written bytes are lost because of ``error``."""

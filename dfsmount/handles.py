@@ -70,15 +70,24 @@ class OpenFile:
 
 class FileHandle:
     """One open(2). ``durable_writes``: O_SYNC or O_DSYNC; ``errors_seen`` of the state's errors were reported, and
-    ``losses`` of the mount's lost changes."""
+    ``losses`` of the mount's lost changes; ``moves_atime``: whether reading through it moves the time of access."""
 
-    __slots__ = ("durable_writes", "errors_seen", "file", "losses", "read_ahead", "writing")
+    __slots__ = ("durable_writes", "errors_seen", "file", "losses", "moves_atime", "read_ahead", "writing")
 
-    def __init__(self, file: OpenFile, losses: HeardLosses, *, writing: bool, durable_writes: bool) -> None:
+    def __init__(
+        self,
+        file: OpenFile,
+        losses: HeardLosses,
+        *,
+        writing: bool,
+        durable_writes: bool,
+        moves_atime: bool = False,
+    ) -> None:
         self.file = file
         self.losses = losses
         self.writing = writing
         self.durable_writes = durable_writes
+        self.moves_atime = moves_atime
         # Not those that nobody has heard of: whoever had the file open before may have closed it too early for that.
         self.errors_seen = file.told
         self.read_ahead = ReadAhead()

@@ -160,6 +160,18 @@ class InodeTable:
         )
         inode.changed_at = self._clock()
 
+    def moved_atime(self, ino: int, seen_ns: int, atime_ns: int) -> None:
+        """The metaserver has moved a time of access for us; answers to earlier questions may bring the older one."""
+        inode = self._inodes.get(ino)
+        if inode is None:
+            self._left(ino)
+            return
+        if inode.attributes.atime_ns == seen_ns:
+            inode.attributes = msgspec.structs.replace(inode.attributes, atime_ns=atime_ns)
+        if inode.opened is not None:
+            inode.opened.state.move_atime(seen_ns, atime_ns)
+        inode.doubted_at = self._clock()
+
     def believed(self, ino: int) -> Inode | None:
         """The inode if its attributes may be shown without asking."""
         inode = self._inodes.get(ino)

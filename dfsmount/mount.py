@@ -154,7 +154,14 @@ def _raise_limits() -> None:
 
 async def _serve(plan: MountPlan, key: ClusterKey | None, ready: Callable[[], None]) -> int:
     options = plan.options
-    vfs_options = VfsOptions(options.attr_timeout, options.entry_timeout, options.sync_close, options.read_only)
+    vfs_options = VfsOptions(
+        options.attr_timeout,
+        options.entry_timeout,
+        options.sync_close,
+        options.read_only,
+        noatime="noatime" in options.kernel,
+        nodiratime="nodiratime" in options.kernel,
+    )
     client_options = ClientOptions(
         str(plan.mountpoint), vfs_options, options.timeout, options.cache_mib, options.dirty_mib
     )

@@ -18,9 +18,13 @@ from metaserver.protocol import (
     Renamed,
     ServerAddress,
     SetAttributes,
+    Touch,
+    Touched,
     Unlinked,
 )
 from metaserver.wire import Response
+
+TOUCH_SECONDS = 10.0
 
 
 class HeardLosses:
@@ -53,6 +57,11 @@ class Remote:
 
     async def set_attributes(self, changes: SetAttributes) -> Attributes:
         return await self._meta.call(protocol.SET_ATTRIBUTES, changes, timeout=self._timeout)
+
+    async def touch(self, touches: Sequence[Touch]) -> Touched:
+        """Moves times of access; not tried again for long, since nobody waits for it."""
+        request = protocol.TouchInodes(tuple(touches))
+        return await self._meta.call(protocol.TOUCH, request, timeout=min(self._timeout, TOUCH_SECONDS))
 
     async def read_directory(self, ino: int, cookie: int, count: int) -> DirectoryPage:
         request = protocol.ReadDirectory(ino, cookie, count, True)

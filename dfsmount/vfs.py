@@ -46,6 +46,7 @@ class Vfs:
             nursery.start_soon(self._close_idle)
             nursery.start_soon(self.core.jobs.run)
             nursery.start_soon(self.core.tell_kernel)
+            nursery.start_soon(self.core.accesses.run)
             nursery.start_soon(self._reopen_all)
 
     # -- attributes --------------------------------------------------------------------------------------------
@@ -147,6 +148,7 @@ class Vfs:
         await self.core.writer.close()
         self.core.fresh.give_up_all()
         with trio.move_on_after(FAREWELL_SECONDS):
+            await self.core.accesses.send()
             await self._close_now()
 
     async def _close_idle(self) -> None:

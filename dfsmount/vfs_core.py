@@ -9,6 +9,7 @@ import msgspec
 import trio
 
 from dfsmount.ahead import Deferred
+from dfsmount.atimes import AccessTimes
 from dfsmount.foreseen import Foreseen
 from dfsmount.fresh import FreshDirectories
 from dfsmount.handles import HandleTable, OpenFile, OpenFiles
@@ -18,7 +19,7 @@ from dfsmount.reader import Reader
 from dfsmount.remote import Remote
 from dfsmount.writer import Writer
 from metaserver.errors import DfsError, ErrorCode
-from metaserver.protocol import Attributes, Entry, FileMap, Made, Make
+from metaserver.protocol import Attributes, Entry, FileMap, Made, Make, Touch
 
 # What stdio and cp take as the size of their buffers; also the unit of verification.
 BLOCK_BYTES = 64 << 10
@@ -26,12 +27,15 @@ SECTOR_BYTES = 512
 
 
 class VfsOptions(msgspec.Struct, frozen=True):
-    """``sync_close``: close waits for the commit. Time-outs in seconds."""
+    """``sync_close``: close waits for the commit. ``noatime``, ``nodiratime``: reading anything, or directories, leaves
+    their time of access. Time-outs in seconds."""
 
     attr_timeout: float = 1.0
     entry_timeout: float = 1.0
     sync_close: bool = False
     read_only: bool = False
+    noatime: bool = False
+    nodiratime: bool = False
 
 
 class Kernel(Protocol):
@@ -88,6 +92,14 @@ class Core:
         self.fresh = FreshDirectories()
         self.jobs = Jobs()
         self.deferred = Deferred(remote.set_attributes, self.jobs, self.changed)
+        atimes = not options.noatime and not options.read_only
+        self.accesses = AccessTimes(
+            remote.touch,
+            self._touched,
+            remote.now_ns,
+            files=atimes,
+            directories=atimes and not options.nodiratime,
+        )
         # How often written bytes were lost.
         self.losses = 0
         self._doubted_contents: set[int] = set()
@@ -159,8 +171,17 @@ class Core:
         )
         if opened is not None:
             _show_local(shown, opened)
+        if self.accesses:
+            shown.atime_ns = self.accesses.shown(shown.ino, shown.atime_ns)
         inode.shown_size = shown.size
         return shown
+
+    def _touched(self, touch: Touch, done: bool) -> None:
+        """The metaserver has moved a time of access, or has left it for a reason that only it knows."""
+        if done:
+            self.inodes.moved_atime(touch.ino, touch.seen_ns, touch.atime_ns)
+        else:
+            self.inodes.doubt(touch.ino)
 
     # -- what others changed -----------------------------------------------------------------------------------
 

@@ -64,7 +64,16 @@ class Files:
             core.kernel.forget_attributes(ino)
         if flags & os.O_TRUNC:
             await self._truncate_opened(file, privileged=privileged)
+        if keep_cache and file.state.size:
+            self._note_read_from_cache(inode, flags)
         return self._hand_out(file, flags, keep_cache)
+
+    def _note_read_from_cache(self, inode: Inode, flags: int) -> None:
+        """Reads of pages that the kernel has do not come here: who opens such a file only to read it, reads it."""
+        core = self._core
+        reading = flags & os.O_ACCMODE == os.O_RDONLY and not flags & os.O_NOATIME
+        if reading and core.accesses.files and core.accesses.read(inode):
+            core.kernel.forget_attributes(inode.ino)
 
     async def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Opened, Shown]:
         """open(2) with O_CREAT; counts as one reference of the kernel."""
@@ -115,8 +124,10 @@ class Files:
 
     def _hand_out(self, file: OpenFile, flags: int, keep_cache: bool) -> Opened:
         writing = flags & os.O_ACCMODE != os.O_RDONLY
+        durable = bool(flags & _DURABLE)
+        moves_atime = self._core.accesses.files and not flags & os.O_NOATIME
         losses = self._core.remote.heard_losses()
-        handle = FileHandle(file, losses, writing=writing, durable_writes=bool(flags & _DURABLE))
+        handle = FileHandle(file, losses, writing=writing, durable_writes=durable, moves_atime=moves_atime)
         return Opened(self._core.handles.add_file(handle), bool(flags & os.O_DIRECT), keep_cache)
 
     async def _truncate_opened(self, file: OpenFile, *, privileged: bool) -> None:
@@ -164,7 +175,10 @@ class Files:
         file = handle.file
         if file.stale:
             await self._revalidate(file)
-        return await core.reader.read(file.state, handle.read_ahead, offset, length)
+        data = await core.reader.read(file.state, handle.read_ahead, offset, length)
+        if handle.moves_atime:
+            core.accesses.read(file.inode)
+        return data
 
     async def write(self, number: int, offset: int, data: bytes) -> int:
         """Takes all of ``data``; on stable storage already only for O_SYNC and O_DSYNC."""
@@ -213,6 +227,8 @@ class Files:
         """chmod(2), chown(2), utimensat(2), truncate(2); ftruncate(2) through the handle ``number``."""
         core = self._core
         file = core.files.get(changes.ino)
+        if changes.atime_ns is not None or changes.atime_now:
+            core.accesses.forget(changes.ino)
         if file is None:
             self._tell_before_resizing(changes, number)
             return await self._ask_for(changes)
@@ -254,6 +270,9 @@ class Files:
         core = self._core
         asked_at = core.inodes.now()
         attributes = await core.remote.set_attributes(changes)
+        if changes.atime_ns is not None or changes.atime_now:
+            # Reads that came meanwhile.
+            core.accesses.forget(changes.ino)
         return core.changed(attributes, asked_at)
 
 

@@ -194,14 +194,15 @@ class Names:
         """A target never changes, so the one that came with the lookup will do."""
         core = self._core
         inode = core.inodes.get(ino)
-        if inode is not None and inode.target:
-            return inode.target
-        asked_at = core.inodes.now()
-        entry = await core.remote.get_attributes(ino)
-        core.learn(entry, asked_at)
-        if not stat.S_ISLNK(entry.attributes.mode):
-            raise DfsError(ErrorCode.INVALID)
-        return entry.target
+        if inode is None or not inode.target:
+            asked_at = core.inodes.now()
+            entry = await core.remote.get_attributes(ino)
+            inode = core.learn(entry, asked_at)
+            if not stat.S_ISLNK(entry.attributes.mode):
+                raise DfsError(ErrorCode.INVALID)
+        if core.accesses.files:
+            core.accesses.read(inode)
+        return inode.target
 
     # -- listing -----------------------------------------------------------------------------------------------
 
@@ -226,6 +227,11 @@ class Names:
             return chain([await self._dot_dot(handle.ino)], await self._entries(handle, 0))
         return await self._entries(handle, 0 if start == COOKIE_DOT_DOT else start)
 
+    def _note_read(self, ino: int) -> None:
+        inode = self._core.inodes.get(ino)
+        if inode is not None and self._core.accesses.directories:
+            self._core.accesses.read(inode)
+
     def took(self, listed: Listed) -> None:
         """The kernel took an entry: from now on it may name its inode, unless it is ``.`` or ``..``."""
         if listed.inode is not None:
@@ -235,6 +241,7 @@ class Names:
         while (rest := handle.rest(cookie)) is None or (not handle.entries and not handle.end):
             cookie = cookie if rest is None else handle.last
             await self._fetch(handle, cookie)
+        self._note_read(handle.ino)
         return self._listed(handle, rest)
 
     async def _fetch(self, handle: DirectoryHandle, cookie: int) -> None:

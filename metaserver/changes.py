@@ -17,7 +17,7 @@ from metaserver.errors import DfsError, ErrorCode
 from metaserver.extents import TooManyRows
 from metaserver.inodes import Effects
 from metaserver.members import Members
-from metaserver.protocol import CHANGED, Allocated, Changed, Commit, Entry, FileCommit, Made
+from metaserver.protocol import CHANGED, Allocated, Changed, Commit, Entry, FileCommit, Made, Touched, TouchInodes
 from metaserver.repair import Repair
 from metaserver.schema import Transaction
 from metaserver.sessions import Sessions, SessionState
@@ -202,6 +202,21 @@ class Changes:
         change = self._change(session, request, protocol.REMOVE_XATTR.decode_reply, remove, frees=True)
         self._tell(session.id, (message.ino,))
         return self._applied(change)
+
+    def touch(self, session: SessionState, message: TouchInodes) -> tuple[Touched, int]:
+        """Times of access: what became of them, and the number to wait for. No change of ``protocol.CHANGES``: whatever
+        stands against it, they are left as they are."""
+        if len(message.touches) > protocol.TOUCH_INODES:
+            raise DfsError(ErrorCode.INVALID, f"more than {protocol.TOUCH_INODES} times of access at once")
+        if not self.refusing and not session.row.read_only and not session.ended:
+            try:
+                change = self._committer.change(session.id, 0, lambda tx, _: contents.touch(tx, message.touches))
+            except DfsError as error:
+                if error.code is not ErrorCode.NO_SPACE:
+                    raise
+            else:
+                return change.message, change.wait_for
+        return Touched(tuple(touch.ino for touch in message.touches)), 0
 
     # -- chunks --------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ make the order known). A generation from the future is INVALID.
 """
 
 import stat
+from collections.abc import Iterable
 
 from metaserver import chunks, extents, xattrs
 from metaserver.chunks import Rank
@@ -28,6 +29,8 @@ from metaserver.protocol import (
     FileMap,
     GetExtents,
     SetAttributes,
+    Touch,
+    Touched,
 )
 from metaserver.schema import Inode, Table, TaskKind, Transaction, inode_key
 
@@ -96,6 +99,19 @@ def set_attributes(tx: Transaction, now_ns: int, message: SetAttributes, effects
     inode.ctime_ns = now_ns if message.ctime_ns is None else _time(message.ctime_ns)
     save(tx, message.ino, inode)
     return inode.attributes(message.ino)
+
+
+def touch(tx: Transaction, touches: Iterable[Touch]) -> Touched:
+    """Moves times of access that are still those seen."""
+    left: list[int] = []
+    for told in touches:
+        inode = find(tx, told.ino)
+        if inode is None or inode.atime_ns != told.seen_ns:
+            left.append(told.ino)
+            continue
+        inode.atime_ns = _time(told.atime_ns)
+        save(tx, told.ino, inode)
+    return Touched(tuple(left))
 
 
 def _owner(number: int) -> int:

@@ -25,6 +25,8 @@ LINK_MAX = 0x7FFFFFFF
 FILE_SIZE_MAX = (1 << 63) - 1
 # One page of a listing or an extent map: its encoding stays well below wire.BODY_LIMIT.
 PAGE_ENTRIES = 1000
+# In one message.
+TOUCH_INODES = 256
 # One commit: at most so many extents and files in all, so that its transaction stays below 4,096 rows.
 COMMIT_EXTENTS = 1000
 # Extents that ride along with lookup and open; longer maps are fetched with GET_EXTENTS.
@@ -290,6 +292,29 @@ class SetAttributes(Message):
     atime_now: bool = False
     mtime_now: bool = False
     ctime_ns: int | None = None
+
+
+class Touch(Message):
+    """Somebody has read the inode at ``atime_ns``, when its time of access was ``seen_ns``."""
+
+    ino: int
+    seen_ns: int
+    atime_ns: int
+
+
+class TouchInodes(Message):
+    """Moves times of access, at most TOUCH_INODES of them, and nothing else: no ctime, no data version, and other
+    sessions are not told. What cannot be done is left, which is no error: see :class:`Touched`. Not logged as an
+    operation of the session, and not sent again when it is lost."""
+
+    touches: tuple[Touch, ...]
+
+
+class Touched(Message):
+    """``left`` are the inodes that keep the time of access they have: it is not the one seen any more, they are gone,
+    or nothing can be changed at present (read-only, or the disk is full)."""
+
+    left: tuple[int, ...]
 
 
 class ReadDirectory(Message):
@@ -599,6 +624,7 @@ OPEN = Method(22, "open", Open, Entry)
 CLOSE = Method(23, "close", Close, Empty)
 GET_EXTENTS = Method(24, "get_extents", GetExtents, FileMap)
 STAT_FS = Method(25, "stat_fs", StatFs, FsStats)
+TOUCH = Method(26, "touch", TouchInodes, Touched)
 
 ALLOCATE = Method(40, "allocate", Allocate, Allocated)
 COMMIT = Method(41, "commit", Commit, Committed)

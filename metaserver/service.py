@@ -173,6 +173,7 @@ class Service:
             Served(protocol.CLOSE, self._close),
             Served(protocol.REPORT_REPLICA, self._report_replica),
             Served(protocol.SET_ATTRIBUTES, self._set_attributes),
+            Served(protocol.TOUCH, self._touch),
             Served(protocol.MAKE, self._make),
             Served(protocol.UNLINK, change(protocol.UNLINK)),
             Served(protocol.RENAME, change(protocol.RENAME)),
@@ -354,6 +355,11 @@ class Service:
         if writers:
             return self._after_flush(client, writers, lambda: self._grow(client, (message.ino,), apply))
         return self._grow(client, (message.ino,), apply)
+
+    def _touch(self, client: Client, request: Request[Any]) -> Result:
+        touched, wait_for = self.changes.touch(client.known, request.message)
+        # Nobody waits for these to be durable: number 0.
+        return self._finish((Reply(touched, (), 0, self.committer.durable), wait_for))
 
     def _commit(self, client: Client, request: Request[Any]) -> Result:
         return self._grow(

@@ -68,6 +68,8 @@ def test_sources_that_make_no_sense(text: str) -> None:
         ("hard,timeout=5", {"timeout": 5.0}),
         ("debug", {"debug": True}),
         ("nosuid,nodev,noexec,noatime", {"kernel": ("nosuid", "nodev", "noexec", "noatime")}),
+        ("noatime,nodiratime,nodev,relatime,diratime", {"kernel": ("nodev",)}),
+        ("atime,noatime,lazytime", {"kernel": ("noatime",)}),
     ],
 )
 def test_lists(text: str, expected: dict[str, object]) -> None:
