@@ -48,6 +48,7 @@ class Options(msgspec.Struct):
     log_file: Path | None = None
     timeout: float = 30.0
     debug: bool = False
+    nodiratime: bool = False
     kernel: tuple[str, ...] = ()
 
 
@@ -123,11 +124,11 @@ _FLAGS: dict[str, Callable[[Options], None]] = {
     "atime": _not_for_kernel("noatime"),
     "relatime": _not_for_kernel("noatime"),
     "strictatime": _not_for_kernel("noatime"),
-    "diratime": _not_for_kernel("nodiratime"),
+    # libfuse does not know this one.
+    "nodiratime": _flag("nodiratime"),
+    "diratime": _flag("nodiratime", False),
 }
-_KERNEL_FLAGS = frozenset(
-    {"exec", "noexec", "suid", "nosuid", "dev", "nodev", "sync", "async", "dirsync", "noatime", "nodiratime"}
-)
+_KERNEL_FLAGS = frozenset({"exec", "noexec", "suid", "nosuid", "dev", "nodev", "sync", "async", "dirsync", "noatime"})
 # What mount(8), fstab(5) and systemd.mount(5) pass along or keep for themselves. Times of access are those of relatime
 # with lazytime whatever else is wished for, if noatime is not.
 _IGNORED = frozenset(

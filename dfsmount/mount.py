@@ -160,7 +160,7 @@ async def _serve(plan: MountPlan, key: ClusterKey | None, ready: Callable[[], No
         options.sync_close,
         options.read_only,
         noatime="noatime" in options.kernel,
-        nodiratime="nodiratime" in options.kernel,
+        nodiratime=options.nodiratime,
     )
     client_options = ClientOptions(
         str(plan.mountpoint), vfs_options, options.timeout, options.cache_mib, options.dirty_mib

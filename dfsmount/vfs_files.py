@@ -64,12 +64,13 @@ class Files:
             core.kernel.forget_attributes(ino)
         if flags & os.O_TRUNC:
             await self._truncate_opened(file, privileged=privileged)
-        if keep_cache and file.state.size:
-            self._note_read_from_cache(inode, flags)
+        if keep_cache or not file.state.size:
+            self._note_unseen_read(inode, flags)
         return self._hand_out(file, flags, keep_cache)
 
-    def _note_read_from_cache(self, inode: Inode, flags: int) -> None:
-        """Reads of pages that the kernel has do not come here: who opens such a file only to read it, reads it."""
+    def _note_unseen_read(self, inode: Inode, flags: int) -> None:
+        """Reads of pages that the kernel has, and of empty files, do not come here: who opens such a file only to read
+        it is taken to read it."""
         core = self._core
         reading = flags & os.O_ACCMODE == os.O_RDONLY and not flags & os.O_NOATIME
         if reading and core.accesses.files and core.accesses.read(inode):

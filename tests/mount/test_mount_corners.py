@@ -555,10 +555,105 @@ def test_statfs_tells_the_space_at_two_copies(cluster: RealCluster, place: Path)
     assert (told.f_namemax, told.f_bfree) == (255, told.f_bavail)
 
 
-def test_reading_leaves_the_time_of_access(place: Path) -> None:
-    """A difference from relatime: the kernel leaves times of access to FUSE filesystems, and this one keeps them."""
+def moves(path: str, function: Callable[..., Any], *arguments: Any) -> tuple[int, bool]:
+    """Whether a call moves the time of access of ``path`` (1: forward, -1: back), and no other time of it."""
+    # A tick of the clock that tmpfs takes times from.
+    time.sleep(0.02)
+    before = os.lstat(path)
+    function(*arguments)
+    after = os.lstat(path)
+    way = (after.st_atime_ns > before.st_atime_ns) - (after.st_atime_ns < before.st_atime_ns)
+    return way, (after.st_mtime_ns, after.st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
+
+
+def read_all(path: str, flags: int = 0) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | flags)
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()
+
+
+def read_mapped(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as memory:
+        os.close(descriptor)
+        return memory[:1]
+
+
+def reads() -> Iterator[Any]:
+    """What moves a time of access, and when it does not."""
+    hour, now = 3600 * 10**9, time.time_ns()
+    Path("f").write_bytes(b"data")
+    yield moves("f", os.stat, "f"), moves("f", read_all, "f"), moves("f", read_all, "f")
+    os.chmod("f", 0o600)
+    yield moves("f", read_all, "f", os.O_NOATIME), moves("f", read_all, "f"), moves("f", read_all, "f")
+    with open("f", "ab") as file:
+        file.write(b"more")
+    yield moves("f", read_all, "f"), moves("f", read_all, "f")
+    os.truncate("f", 3)
+    yield moves("f", read_mapped, "f"), moves("f", read_mapped, "f")
+    for atime, mtime in ((10**18, 2 * 10**18), (2 * 10**18, 10**18), (now + hour, 5), (now + hour, now + 2 * hour)):
+        os.utime("f", ns=(atime, mtime))
+        yield moves("f", read_all, "f"), os.stat("f").st_mtime_ns == mtime
+    os.utime("f", ns=(10**18, 10**18))
+    read_all("f")
+    os.utime("f", ns=(10**18, 10**18))
+    yield os.stat("f").st_atime_ns
+    Path("empty").touch()
+    yield moves("empty", read_all, "empty"), moves("empty", read_all, "empty")
+    os.mkdir("d")
+    yield moves("d", os.listdir, "d"), moves("d", os.listdir, "d")
+    Path("d/f").touch()
+    yield moves("d", os.stat, "d/f"), moves("d", os.listdir, "d"), moves("d", os.listdir, "d")
+    os.symlink("f", "l")
+    yield moves("l", os.lstat, "l"), moves("l", os.readlink, "l"), moves("l", os.readlink, "l")
+    os.symlink("f", "followed")
+    yield moves("followed", os.stat, "followed"), moves("followed", os.stat, "followed")
+
+
+@pytest.fixture
+def local_relatime(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "local"
+    path.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "relatime,size=1m", "none", path)
+    yield path
+    run("umount", path)
+
+
+def test_reading_moves_the_time_of_access_as_relatime_does(place: Path, local_relatime: Path) -> None:
+    ours, theirs = (in_child(root, ROOT, reads) for root in (place, local_relatime))
+    assert ours == theirs
+    assert any(way for (way, _), *_ in (case for case in ours if isinstance(case, tuple) and len(case) > 1))
+
+
+def test_noatime(cluster: RealCluster, place: Path, tmp_path: Path) -> None:
+    """And what a mount without it has read is known everywhere once it has ended."""
     (place / "f").write_text("x")
-    os.utime(place / "f", ns=(10**18, 2 * 10**18))
-    assert (place / "f").read_text() == "x"
-    os.listdir(place)
-    assert ((place / "f").stat().st_atime_ns, (place / "f").stat().st_mtime_ns) == (10**18, 2 * 10**18)
+    (place / "d").mkdir()
+
+    def read(point: Path) -> tuple[int, int]:
+        seen = point / place.name
+        before = [(seen / name).stat().st_atime_ns for name in ("f", "d")]
+        assert ((seen / "f").read_text(), os.listdir(seen / "d")) == ("x", [])
+        after = [(seen / name).stat().st_atime_ns for name in ("f", "d")]
+        file, directory = (new - old for new, old in zip(after, before, strict=True))
+        return file, directory
+
+    def through(*options: str) -> tuple[bool, bool]:
+        point = tmp_path / "-".join(["mnt", *options])
+        cluster.mount_again(point, *options)
+        try:
+            file, directory = read(point)
+        finally:
+            run("umount", point)
+        return file > 0, directory > 0
+
+    assert through("noatime") == (False, False)
+    assert through("ro") == (False, False)
+    assert through("nodiratime") == (True, False)
+    assert through("noatime", "relatime") == (False, True)
+    # All of it was told at the ends of these mounts.
+    time.sleep(1.1)
+    for name in ("f", "d"):
+        found = (place / name).stat()
+        assert found.st_atime_ns > found.st_ctime_ns
+    assert read(place.parent) == (0, 0)

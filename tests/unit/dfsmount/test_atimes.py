@@ -236,6 +236,16 @@ async def test_opening_what_the_kernel_has_in_its_cache_counts_as_reading(a: Tes
     assert a.kernel.attributes == [ino]
 
 
+async def test_opening_an_empty_file_counts_as_reading(a: TestMount, b: TestMount) -> None:
+    """Of which the kernel knows the end."""
+    ino, number = await a.create(b"f")
+    await a.close(number)
+    await b.stat(b"f")
+    before = await atime(b, ino)
+    await b.close((await b.files.open(ino, os.O_RDONLY)).number)
+    assert await atime(b, ino) > before
+
+
 async def test_directories_and_symlinks(a: TestMount) -> None:
     directory = await a.mkdir(b"d")
     link = (await a.names.make_link(a.root, b"l", b"target", ME)).ino

@@ -69,6 +69,7 @@ def test_sources_that_make_no_sense(text: str) -> None:
         ("debug", {"debug": True}),
         ("nosuid,nodev,noexec,noatime", {"kernel": ("nosuid", "nodev", "noexec", "noatime")}),
         ("noatime,nodiratime,nodev,relatime,diratime", {"kernel": ("nodev",)}),
+        ("nodiratime", {"nodiratime": True}),
         ("atime,noatime,lazytime", {"kernel": ("noatime",)}),
     ],
 )
