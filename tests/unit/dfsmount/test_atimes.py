@@ -116,6 +116,10 @@ async def test_a_full_message_leaves_at_once_and_none_is_fuller(
     await trio.sleep(60)
     assert [len(batch) for _, batch in sent.batches] == [TOUCH_INODES, 3]
     assert sent.batches[0][0] == began
+    # And the next ones gather again.
+    assert sent.times.read(inode(1))
+    await trio.sleep(DELAY_SECONDS / 2)
+    assert len(sent.batches) == 2
 
 
 def test_what_waits_is_bounded() -> None:
@@ -306,6 +310,44 @@ async def test_a_read_after_setting_counts(a: TestMount, b: TestMount) -> None:
     assert await atime(a, ino) == await atime(b, ino) == moved
     assert (await b.vfs.get_attributes(ino)).mtime_ns == 6
     await a.close(opened.number)
+
+
+async def test_what_is_cached_is_right_once_it_is_told(plant: Plant) -> None:
+    """Also in the state of an open file, and when the metaserver has another time of access. Nothing is asked again for
+    an hour."""
+    async with plant.mount(VfsOptions(attr_timeout=3600.0)) as mount, plant.mount() as other:
+        ino, number = await mount.create(b"f", b"data")
+        await mount.files.fsync(number)
+        await mount.files.read(number, 0, 4)
+        moved = await atime(mount, ino)
+        await mount.core.accesses.send()
+        file = mount.core.files.get(ino)
+        assert file is not None
+        assert file.state.attributes.atime_ns == await atime(mount, ino) == moved
+        directory = await mount.mkdir(b"d")
+        await mount.list(directory)
+        assert await atime(mount, directory) > 5
+        await other.set(directory, atime_ns=5)
+        await mount.core.accesses.send()
+        assert await atime(mount, directory) == 5
+        await mount.close(number)
+
+
+async def test_what_was_listed_before_is_asked_for_again(plant: Plant) -> None:
+    """An inode that nobody refers to any more, on a page that was read before its time of access was told."""
+    async with plant.mount(VfsOptions(attr_timeout=3600.0)) as mount:
+        directory = await mount.mkdir(b"d")
+        link = (await mount.names.make_link(directory, b"l", b"target", ME)).ino
+        number = mount.names.open_directory(directory)
+        await mount.names.list_directory(number, 0)
+        await mount.names.read_link(link)
+        mount.vfs.forget(link, 1)
+        assert mount.core.inodes.get(link) is None
+        # As it would be if it was forgotten at another time than the page was read.
+        handle = mount.core.handles.directory(number)
+        handle._doubted = set()
+        await mount.core.accesses.send()
+        assert handle.doubts(link)
 
 
 async def test_what_another_mount_sets_stays(a: TestMount, b: TestMount) -> None:
