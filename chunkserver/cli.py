@@ -23,17 +23,13 @@ EXPECTED = (ConfigError, DataDirectoryError, StartError, KeyFileError, DfsError)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-# sysexits.h: EX_CONFIG, for what stays wrong until somebody does something about it.
-EXIT_CONFIG = 78
-
-
 def fail(error: Exception, key_file: str = "") -> typer.Exit:
-    """One line on standard error, and how to end."""
+    """One line on standard error; 1 whatever it was: files that could not be read may be readable the next time."""
     text = error.text if isinstance(error, DfsError) else str(error)
     if isinstance(error, DfsError) and error.code is ErrorCode.BAD_KEY:
         text = f"the metaserver does not accept the cluster key {key_file}: copy the one it has here"
     print(f"chunkserver: {text}", file=sys.stderr)
-    return typer.Exit(EXIT_CONFIG if isinstance(error, ConfigError | KeyFileError) else 1)
+    return typer.Exit(1)
 
 
 def _show_version(wanted: bool) -> None:

@@ -261,7 +261,7 @@ class MetaClient:
 
     async def _make_durable(self, deadline: float) -> None:
         while True:
-            if self._connection is None and self._changes:
+            if self._connection is None and (self._changes or self._left):
                 # In a new epoch nothing is "seen" yet, while what the last one lost is still being sent again.
                 await self._connected(deadline)
             epoch, seen = self.epoch, self.seen

@@ -19,7 +19,16 @@ from typing import NamedTuple
 
 import msgspec
 
-from metaserver.changelog import Changelog, KeptSegment, epoch_logs, find_firsts, list_segments, needed_after, trim
+from metaserver.changelog import (
+    Changelog,
+    KeptSegment,
+    LogFull,
+    epoch_logs,
+    find_firsts,
+    list_segments,
+    needed_after,
+    trim,
+)
 from metaserver.files import Files, is_full
 from metaserver.ids import RANGES, Ids, limit_key, limit_of
 from metaserver.known import Known
@@ -128,13 +137,21 @@ def start(directory: Path, files: Files, clock: Callable[[], int], options: Opti
     """Raises :class:`DirectoryBusy`, ``CorruptStore``, ``CorruptLog`` or ``OSError``; then nothing is left open. If the
     disk is full the reserve is spent; ``Engine`` makes it again as soon as it can."""
     try:
-        return _start(directory, files, clock, options, boot_id)
+        return _start_anyhow(directory, files, clock, options, boot_id)
     except (OSError, StoreFull) as error:
         reserve = directory / RESERVE_NAME
         if not (isinstance(error, StoreFull) or is_full(error)) or not reserve.exists():
             raise
         files.delete(reserve)
-    return _start(directory, files, clock, options, boot_id)
+    return _start_anyhow(directory, files, clock, options, boot_id)
+
+
+def _start_anyhow(directory: Path, files: Files, clock: Callable[[], int], options: Options, boot_id: bytes) -> Started:
+    """A log that finds no space for its first record is as full as the store."""
+    try:
+        return _start(directory, files, clock, options, boot_id)
+    except LogFull as error:
+        raise StoreFull from error
 
 
 def _start(directory: Path, files: Files, clock: Callable[[], int], options: Options, boot_id: bytes) -> Started:

@@ -469,3 +469,25 @@ async def test_the_reserve_is_for_records_that_find_no_space(tmp_path: Path) -> 
         await until(lambda: not committer.is_full)
         create(committer, b"after")
         await until(lambda: (tmp_path / RESERVE_NAME).exists())
+
+
+async def test_a_start_whose_first_record_finds_no_space_spends_the_reserve(tmp_path: Path) -> None:
+    async with open_committer(tmp_path, options=OPTIONS) as committer:
+        prepare(committer)
+        create(committer, b"before")
+        await until(lambda: (tmp_path / RESERVE_NAME).exists())
+
+    class Starting(FullCopyingFiles):
+        """Files can be made; it is their blocks that are not to be had."""
+
+        def reserve(self, path: Path, size: int) -> None:
+            Files.reserve(self, path, size)
+
+        def create(self, path: Path, head: bytes, size: int) -> int:
+            return Files.create(self, path, head, size)
+
+    files = Starting(tmp_path / RESERVE_NAME)
+    files.full = True
+    async with open_committer(tmp_path, files=files, options=OPTIONS) as committer:
+        assert b"before" in names(committer)
+        files.full = False
