@@ -3,8 +3,6 @@
 Errors are a 4xx or 5xx with ``{"code": NAME, "text": one line}``, as those of the control planes.
 """
 
-import base64
-import binascii
 import hmac
 import secrets
 from collections import Counter
@@ -23,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dfsmount.gateway_tree import Opened, Tree
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.httpranges import Span
-from metaserver.httpserver import ClientGone, json_reply
+from metaserver.httpserver import ClientGone, basic_password, json_reply
 
 log = structlog.get_logger(__name__)
 
@@ -175,12 +173,7 @@ def _token(authorization: bytes) -> bytes:
     scheme, _, rest = authorization.partition(b" ")
     if scheme.lower() == b"bearer":
         return rest.strip()
-    if scheme.lower() != b"basic":
-        return b""
-    try:
-        return base64.b64decode(rest.strip(), validate=True).partition(b":")[2]
-    except binascii.Error:
-        return b""
+    return basic_password(rest.strip()) if scheme.lower() == b"basic" else b""
 
 
 # -- bodies that come in -------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Errors are a 4xx or 5xx with ``{"code": ErrorCode name, "text": one line}``. Eve
 ``Authorization: Bearer <key.http_token>``.
 """
 
+import binascii
 import hmac
 import logging
 import socket
@@ -79,6 +80,14 @@ def error_reply(error: DfsError) -> Response:
     return reply
 
 
+def basic_password(encoded: bytes) -> bytes:
+    """The password in what follows "Basic" in an Authorization header (RFC 7617); empty if it is malformed."""
+    try:
+        return b64decode(encoded, validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
+
+
 async def read_json(request: Request, type_: type[ReadT]) -> ReadT:
     """The body of a request; INVALID unless it is JSON for ``type_``."""
     body = await request.body()
@@ -147,11 +156,7 @@ class _Guard:
         scheme, _, encoded = given.partition(b" ")
         if self._token is None or method not in ("GET", "HEAD") or scheme.lower() != b"basic":
             return False
-        try:
-            _, _, password = b64decode(encoded, validate=True).partition(b":")
-        except ValueError:
-            return False
-        return hmac.compare_digest(password, self._token)
+        return hmac.compare_digest(basic_password(encoded), self._token)
 
     def _check_length(self, length: int) -> None:
         if length > self._body_limit:

@@ -15,6 +15,7 @@ from metaserver.words import (
     chunks_text,
     cleaner_text,
     count_text,
+    moves,
     moving_text,
     repair_text,
     scrub_text,
@@ -83,7 +84,7 @@ class Page:
             headline="Something needs a look" if found else "All is well",
             mood="bad" if found else "good",
             troubles=found,
-            used=100 * (1 - status.free / status.total) if status.total else 0.0,
+            used=percent_used(status.free, status.total),
             rows=[row(server) for server in sorted(status.servers, key=lambda server: server.name)],
             facts=facts(status),
             plots=plots(samples),
@@ -110,6 +111,10 @@ def _rate(value: float, unit: str) -> str:
     return f"{bytes_text(round(value))}/s" if unit == "B" else f"{value:,.0f}/s"
 
 
+def percent_used(free: int, total: int) -> float:
+    return 100 * (1 - free / total) if total else 0.0
+
+
 def plots(samples: Sequence[Sample]) -> list[Plot]:
     return [
         plot("Read", [sample.read for sample in samples], "B"),
@@ -119,7 +124,6 @@ def plots(samples: Sequence[Sample]) -> list[Plot]:
 
 
 def row(server: ServerStatus) -> Row:
-    used = 100 * (1 - server.free / server.capacity) if server.capacity else 0.0
     mood = "good" if server.state == "UP" else "busy" if server.state == "DRAINING" else "bad"
     note = ""
     if server.disk_state not in ("", "OK"):
@@ -130,7 +134,7 @@ def row(server: ServerStatus) -> Row:
     return Row(
         server,
         mood,
-        used,
+        percent_used(server.free, server.capacity),
         f"{bytes_text(server.free)} free of {bytes_text(server.capacity)}",
         f"{seconds_text(server.last_heartbeat_seconds)} ago",
         scrub_text(server.scrub),
@@ -141,11 +145,10 @@ def row(server: ServerStatus) -> Row:
 def facts(status: Status) -> list[tuple[str, str]]:
     """What goes on, and what there is: a word and a line each."""
     repair = repair_text(status.repair) if status.repair else ""
-    busy = status.rebalance is not None and (status.rebalance.mode != "IDLE" or status.rebalance.under_way > 0)
     shown = [
         ("Chunks", chunks_text(status.chunks)),
         ("Repair", repair or "nothing to copy"),
-        ("Rebalancing", moving_text(status.rebalance) if status.rebalance and busy else ""),
+        ("Rebalancing", moving_text(status.rebalance) if status.rebalance and moves(status.rebalance) else ""),
         ("Cleaner", cleaner_text(status.cleaner)),
         ("Files and directories", f"{status.inodes:,}"),
     ]

@@ -114,7 +114,7 @@ def summary_lines(status: Status, http: str) -> list[str]:
         + count_text(status.inodes, "inode"),
         f"chunks      {chunks_text(status.chunks)}",
         *([f"repair      {repair_text(status.repair)}"] if status.repair and repair_text(status.repair) else []),
-        *([f"rebalance   {moving_text(status.rebalance)}"] if status.rebalance and _moves(status.rebalance) else []),
+        *([f"rebalance   {moving_text(status.rebalance)}"] if status.rebalance and moves(status.rebalance) else []),
         *([f"at work     {work_text(status)}"] if status.tasks or status.orders else []),
         *([f"cleaner     {cleaner_text(status.cleaner)}"] if cleaner_text(status.cleaner) else []),
         *([f"changelog   {recovery_text(status)}"] if status.recovery_checked_seconds >= 0 else []),
@@ -146,7 +146,8 @@ def repair_text(repair: RepairStatus) -> str:
     return ", ".join(parts)
 
 
-def _moves(rebalance: RebalanceStatus) -> bool:
+def moves(rebalance: RebalanceStatus) -> bool:
+    """Whether there is anything to say of rebalancing."""
     return rebalance.mode != "IDLE" or rebalance.under_way > 0
 
 
