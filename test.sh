@@ -9,7 +9,8 @@ source scripts/setup.sh
 
 # What the tests call; systemd for systemd-analyze.
 TEST_PACKAGES=(
-    acl attr curl e2fsprogs ed fio git inotify-tools make patch procps rsync sqlite3 systemd tar unzip vim-tiny zip
+    acl attr curl e2fsprogs ed fio fish git inotify-tools iproute2 make man-db mandoc patch procps rsync sqlite3 systemd
+    tar unzip vim-tiny zip zsh
 )
 
 become_root "$@"

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from dfsmount import dfs_gateway, dfs_manage
-from dfsmount.dfs_options import AsJson, Data, KeyFile, Metaserver, end, find, print_json, say
+from dfsmount import dfs_completion, dfs_gateway, dfs_host, dfs_manage
+from dfsmount.dfs_options import AsJson, Data, KeyFile, Metaserver, Servers, end, find, print_json, say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,6 +34,11 @@ def up(
 
     One metaserver and three chunkservers run in the background on loopback. Run it again at any time: it starts what
     does not run. After `dfs down`, a crash or a reboot it brings the same data back.
+
+    \b
+    Example:
+      dfs up /mnt/dfs
+      dfs up /mnt/scratch --data /srv/scratch --servers 5 --copies 3 --port 9600
     """
     from dfsmount import dfs_layout, dfs_services, dfs_up
 
@@ -54,6 +59,11 @@ def down(
     """Unmount, and stop a cluster of `dfs up`.
 
     What is dirty is written back first. The data stays: `dfs up` brings it back.
+
+    \b
+    Example:
+      dfs down
+      dfs down --data /srv/scratch --force
     """
     from dfsmount import dfs_down, dfs_find
     from dfsmount.dfs_layout import Problem
@@ -72,6 +82,11 @@ def status(data: Data = "", metaserver: Metaserver = "", key_file: KeyFile = "",
     """Show servers, space, chunks and sessions.
 
     The first line says in one sentence whether all is well.
+
+    \b
+    Example:
+      dfs status
+      dfs status --metaserver 192.0.2.1:9401 --json | jq .verdict
     """
     from dfsmount.dfs_api import Api
 
@@ -95,6 +110,11 @@ def token(data: Data = "", metaserver: Metaserver = "", key_file: KeyFile = "") 
 
     It is the password of the status page (any user name), and what the HTTP interfaces want as "Authorization: Bearer
     TOKEN". Whoever has it can read and change everything: treat it like the key itself.
+
+    \b
+    Example:
+      dfs token
+      curl -H "Authorization: Bearer $(dfs token)" http://192.0.2.1:9401/v1/status
     """
     access = find(data, metaserver, key_file)
     say(access.key().http_token)
@@ -113,6 +133,11 @@ def chunks(
 
     One line for each replica of each piece: offset, length, chunk, server, path there, state of its checksums, time.
     Exit code 1 if a replica is not as it should be.
+
+    \b
+    Example:
+      dfs chunks /mnt/dfs/video.mp4
+      dfs chunks --verify /mnt/dfs/video.mp4
     """
     from dfsmount import dfs_chunks, dfs_show
 
@@ -136,6 +161,11 @@ def check(
     """Verify the metadata, and with --deep all data.
 
     Every invariant of the metadata is checked; with --deep, also every block of every replica. Exit code 1 on findings.
+
+    \b
+    Example:
+      dfs check
+      dfs check --deep --json > findings.json
     """
     from dfsmount import dfs_check
 
@@ -145,7 +175,7 @@ def check(
 
 @app.command()
 def scrub(
-    servers: Annotated[list[str] | None, typer.Argument(metavar="[SERVER]...", help="Names; default: all.")] = None,
+    servers: Servers = None,
     data: Data = "",
     metaserver: Metaserver = "",
     key_file: KeyFile = "",
@@ -156,6 +186,11 @@ def scrub(
     Chunkservers do so by themselves, slowly (`dfs status` shows how far they are). This begins a faster pass and waits
     for it. Exit code 1 if something is damaged, or a server could not do it; what is damaged is repaired from the other
     replicas.
+
+    \b
+    Example:
+      dfs scrub
+      dfs scrub storage1 storage2
     """
     from dfsmount import dfs_scrub
 
@@ -165,12 +200,14 @@ def scrub(
 
 dfs_manage.add_to(app)
 dfs_gateway.add_to(app)
+dfs_host.add_to(app)
 
 
 def main() -> None:
     """Runs the command line; what is wrong is one line on standard error, and exit code 1."""
     from dfsmount.dfs_layout import Problem
 
+    dfs_completion.begin()
     try:
         app(prog_name="dfs")
     except Problem as problem:

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from dfsmount.dfs_options import AsJson, Data, KeyFile, Metaserver, find, print_json, say
+from dfsmount.dfs_options import AsJson, Data, KeyFile, Metaserver, Server, find, print_json, say
 
-Server = Annotated[str, typer.Argument(metavar="SERVER", help="Name or number of a chunkserver, see `dfs status`.")]
 Paths = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files or directories on a mount.")]
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Begin, and do not wait for the end.")]
 
@@ -28,6 +27,11 @@ def drain(
 
     Everything on it is copied to others first; files stay readable and writable. Ends when nothing is left there.
     Interrupting it leaves the server being emptied: `dfs undrain` takes that back.
+
+    \b
+    Example:
+      dfs drain storage2
+      dfs drain storage2 --no-wait ; dfs status
     """
     from dfsmount import dfs_servers
     from dfsmount.dfs_api import Api
@@ -46,7 +50,12 @@ def drain(
 def undrain(
     server: Server, data: Data = "", metaserver: Metaserver = "", key_file: KeyFile = "", as_json: AsJson = False
 ) -> None:
-    """Stop emptying a chunkserver: it takes data again."""
+    """Stop emptying a chunkserver: it takes data again.
+
+    \b
+    Example:
+      dfs undrain storage2
+    """
     from dfsmount.dfs_api import Api
 
     with Api(find(data, metaserver, key_file)) as api:
@@ -67,6 +76,10 @@ def remove(
     """Forget a chunkserver that is switched off for good.
 
     It must be empty (`dfs drain`), or LOST. If it comes back it is taken in as a new one.
+
+    \b
+    Example:
+      dfs drain storage2 && dfs remove storage2
     """
     from dfsmount.dfs_api import Api
 
@@ -88,6 +101,11 @@ def rebalance(
 
     Ends when they differ by a few percent. It happens by itself, slowly, when they differ much (rebalance_threshold in
     metaserver.toml). Interrupting it lets it go on in the background.
+
+    \b
+    Example:
+      dfs rebalance
+      dfs rebalance --status --json
     """
     from dfsmount import dfs_servers
     from dfsmount.dfs_api import Api
@@ -117,6 +135,11 @@ def set_copies(
 
     What is stored already is copied, or copies are deleted, in the background (`dfs status`). What is made in a
     directory later takes over its number; what is moved there keeps its own.
+
+    \b
+    Example:
+      dfs set-copies 3 /mnt/dfs/contracts
+      dfs set-copies default /mnt/dfs/contracts
     """
     from dfsmount import dfs_copies
 
@@ -132,7 +155,12 @@ def set_copies(
 def get_copies(
     paths: Paths, data: Data = "", metaserver: Metaserver = "", key_file: KeyFile = "", as_json: AsJson = False
 ) -> None:
-    """Show how many copies there are to be of files and directories."""
+    """Show how many copies there are to be of files and directories.
+
+    \b
+    Example:
+      dfs get-copies /mnt/dfs/contracts /mnt/dfs/scratch
+    """
     from dfsmount import dfs_copies
 
     shown = dfs_copies.each(paths, lambda path: find(data, metaserver, key_file, path), None)

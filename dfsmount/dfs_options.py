@@ -18,6 +18,24 @@ Metaserver = Annotated[
 KeyFile = Annotated[
     str, typer.Option("--key-file", metavar="FILE", help="The cluster key for --metaserver (/etc/dfs/cluster.key).")
 ]
+
+
+def _server_names(incomplete: str) -> list[str]:
+    from dfsmount import dfs_completion
+
+    return dfs_completion.server_names(incomplete)
+
+
+Server = Annotated[
+    str,
+    typer.Argument(
+        metavar="SERVER", help="Name or number of a chunkserver, see `dfs status`.", autocompletion=_server_names
+    ),
+]
+Servers = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SERVER]...", help="Names; default: all.", autocompletion=_server_names),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
