@@ -21,10 +21,16 @@ from metaserver.protocol import ExtentStatus, FileStatus, ReplicaStatus, Status
 
 # Replicas asked at a time; each server answers from its index, without touching the disk.
 ASKED_AT_ONCE = 16
+# Replicas that are none: an order for them is under way. Whoever asked their servers would find a copy that is gone in
+# a moment, or count one that is not there yet.
+UNDER_WAY = {"DELETING": "being deleted", "COPYING": "being copied"}
 
 
 class ReplicaView(msgspec.Struct):
-    """One replica of one piece of a file, as its server sees it. ``checksums`` is "ok", "index ok" or what is wrong."""
+    """One replica of one piece of a file, as its server sees it.
+
+    ``checksums`` is "ok", "index ok", one of :data:`UNDER_WAY`, or what is wrong.
+    """
 
     server: str
     address: str
@@ -142,8 +148,9 @@ def empty_piece(extent: ExtentStatus) -> PieceView:
 
 async def ask_replica(pool: client.Pool, asking: Asking, extent: ExtentStatus, replica: ReplicaStatus) -> ReplicaView:
     peer = asking.peer(replica.server)
-    answer = ReplicaView(replica.name, f"{replica.host}:{replica.http_port}", replica.state, replica.path, "unknown", 0)
-    if peer is None:
+    state = UNDER_WAY.get(replica.state, "unknown")
+    answer = ReplicaView(replica.name, f"{replica.host}:{replica.http_port}", replica.state, replica.path, state, 0)
+    if peer is None or replica.state in UNDER_WAY:
         return answer
     chunk = int(extent.chunk, 16)
     answer.address = f"{peer.host}:{peer.port}"
@@ -178,4 +185,5 @@ async def verify_range(pool: client.Pool, peer: Peer, chunk: int, extent: Extent
 
 def bad(pieces: Sequence[PieceView]) -> int:
     """How many replicas are not as they should be."""
-    return sum(replica.checksums not in ("ok", "index ok") for piece in pieces for replica in piece.replicas)
+    fine = ("ok", "index ok", *UNDER_WAY.values())
+    return sum(replica.checksums not in fine for piece in pieces for replica in piece.replicas)

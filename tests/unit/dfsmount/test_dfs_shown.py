@@ -2,18 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import msgspec
 import pytest
 
+from chunkserver import client
 from chunkserver.protocol import Progress, StatReply
 from dfsmount import dfs_api, dfs_check, dfs_chunks, dfs_show
 from dfsmount.dfs_api import Api, ReplicaListing
 from dfsmount.dfs_find import Access
 from dfsmount.dfs_layout import Problem
 from metaserver import words
+from metaserver.key import ClusterKey
 from metaserver.protocol import (
     ChunkHealth,
     CleanerStatus,
@@ -160,6 +162,19 @@ def test_a_chunk_map_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert dfs_chunks.bad([piece]) == 0
     piece.replicas[0].checksums = "cannot connect"
     assert dfs_chunks.bad([piece]) == 1
+
+
+@pytest.mark.parametrize(("state", "text"), [("DELETING", "being deleted"), ("COPYING", "being copied")])
+async def test_what_an_order_is_under_way_for_is_no_copy(state: str, text: str) -> None:
+    shown = msgspec.structs.replace(extent().replicas[0], state=state)
+    # Whoever is asked here would answer that the bytes are there.
+    nobody = cast(client.Pool, None)
+    asking = dfs_chunks.Asking(ClusterKey(bytes(32)), status(), verify=True)
+    answer = await dfs_chunks.ask_replica(nobody, asking, extent(), shown)
+    assert (answer.state, answer.checksums) == (state, text)
+    piece = dfs_chunks.empty_piece(extent())
+    piece.replicas = [answer]
+    assert dfs_chunks.bad([piece]) == 0
 
 
 def test_a_piece_without_replicas_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
