@@ -77,7 +77,8 @@ class AccessTimes:
     def read(self, inode: Inode) -> bool:
         """Contents were read; never waits, never fails. Whether the time of access has moved."""
         atime_ns, mtime_ns, ctime_ns = known_times(inode)
-        ino, now_ns = inode.ino, self._now_ns()
+        # Only the metaserver's clock sets ctime: with ours behind, a file would be read before it was made.
+        ino, now_ns = inode.ino, max(self._now_ns(), ctime_ns + 1)
         if self._waiting or self._sending:
             atime_ns = self.shown(ino, atime_ns)
         if not is_due(atime_ns, mtime_ns, ctime_ns, now_ns) or len(self._waiting) >= MAX_WAITING:

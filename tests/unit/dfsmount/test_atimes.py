@@ -5,6 +5,7 @@ import stat
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -120,6 +121,15 @@ async def test_a_full_message_leaves_at_once_and_none_is_fuller(
     assert sent.times.read(inode(1))
     await trio.sleep(DELAY_SECONDS / 2)
     assert len(sent.batches) == 2
+
+
+def test_nothing_is_read_before_it_was_changed() -> None:
+    """A mount's idea of the metaserver's clock may be behind by the time that a message travels."""
+    sent = Sent()
+    changed = inode(1, NOW + 500)
+    changed.attributes = msgspec.structs.replace(changed.attributes, ctime_ns=NOW + 500)
+    assert sent.times.read(changed)
+    assert sent.times.shown(1, NOW + 500) == NOW + 501
 
 
 def test_what_waits_is_bounded() -> None:
