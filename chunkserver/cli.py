@@ -1,6 +1,5 @@
 """The command line: `chunkserver --config FILE` or flags, and `chunkserver check --data DIR`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +27,7 @@ def fail(error: Exception, key_file: str = "") -> typer.Exit:
     text = error.text if isinstance(error, DfsError) else str(error)
     if isinstance(error, DfsError) and error.code is ErrorCode.BAD_KEY:
         text = f"the metaserver does not accept the cluster key {key_file}: copy the one it has here"
-    print(f"chunkserver: {text}", file=sys.stderr)
+    logs.complain(f"chunkserver: {text}")
     return typer.Exit(1)
 
 

@@ -7,6 +7,7 @@ Exit codes: 0 mounted (in the background) or unmounted cleanly (in the foregroun
 """
 
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Sequence
@@ -44,6 +45,9 @@ Mounts a directory of a cluster. In the background unless -f is given: the comma
 Unmount with umount or fusermount3 -u; SIGTERM unmounts as well.
 """
 FAILED, WRONG_USAGE, HELPER_FAILED = 1, 2, 32
+_PRIORITY = re.compile("<([0-7])>")
+# LOG_INFO of syslog(3).
+_INFO = 6
 # Longer than any wait of the child before it knows.
 READY_SECONDS = 120.0
 
@@ -150,7 +154,9 @@ def _run(program: str, plan: MountPlan, failed: int) -> int:
             return mount.run(plan, lambda: None)
         return _in_background(program, plan, failed)
     except mount.MountError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        from metaserver import logs
+
+        logs.complain(f"{program}: {error}")
         return failed
 
 
@@ -160,7 +166,8 @@ def _log(options: Options, descriptor: int | None = None) -> None:
 
     # Open until the end of the process.
     stream = None if descriptor is None else os.fdopen(descriptor, "a", buffering=1)
-    logs.configure("debug" if options.debug else "info", stream=stream)
+    to_syslog = isinstance(sys.stderr, SyslogStream)
+    logs.configure("debug" if options.debug else "info", stream=stream, prefixed=to_syslog or None)
 
 
 def _open_log(options: Options) -> int | None:
@@ -239,11 +246,11 @@ def _redirect(options: Options) -> None:
 
 
 class SyslogStream:
-    """A text stream that syslog(3) gets, line by line."""
+    """A text stream that syslog(3) gets, line by line; a line may begin with its priority, such as ``<4>``."""
 
     encoding = "utf-8"
 
-    def __init__(self, send: Callable[[str], None] | None = None) -> None:
+    def __init__(self, send: Callable[[int, str], None] | None = None) -> None:
         self._rest = ""
         if send is None:
             import syslog
@@ -256,7 +263,8 @@ class SyslogStream:
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             if line:
-                self._send(line)
+                found = _PRIORITY.match(line)
+                self._send(int(found[1]) if found else _INFO, line[found.end() :] if found else line)
         return len(text)
 
     def flush(self) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dfsmount.dfs_options import say
+from dfsmount.dfs_options import AsJson, print_json, say
 
 
 class Shell(StrEnum):
@@ -61,7 +61,56 @@ def man(
         dfs_pages.show(context.find_root(), verb)
 
 
+def install_units(
+    context: typer.Context,
+    root: Annotated[
+        str, typer.Option("--root", metavar="DIR", help="Install below this directory: the root of another system.")
+    ] = "/",
+    programs: Annotated[
+        str, typer.Option("--programs", metavar="DIR", help="Where the programs are there (default: beside this one).")
+    ] = "",
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Take away what was installed; configuration stays.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Install units for systemd, and what belongs to them.
+
+    Units in /etc/systemd/system; the user dfs and the directories of the servers (sysusers.d, tmpfiles.d); examples of
+    configuration files in /etc/dfs/examples; links to the programs in /usr/local/bin, and in /sbin what mount(8) calls
+    for lines of type dfs in /etc/fstab; manual pages, and completion for bash, zsh and fish. Nothing is started. Run it
+    again after an update: it changes what differs. Changes of your own belong into drop-ins (systemctl edit).
+
+    \b
+    Example:
+      dfs install-units
+      dfs install-units --root /srv/image --programs /opt/dfs/.venv/bin
+      systemctl enable --now metaserver
+    """
+    from dfsmount import dfs_pages, dfs_units
+
+    dfs_units.require_units(dfs_units.CHECKOUT)
+    target = Path(root).absolute()
+    there = programs or str(dfs_units.own_programs())
+    dfs_units.check_visible(there)
+    items = dfs_units.plan(dfs_units.CHECKOUT, there, dfs_pages.pages(context.find_root()))
+    if remove:
+        removed = dfs_units.remove(items, target)
+        print_json({"removed": removed}) if as_json else say(f"{len(removed)} files were removed.")
+        return
+    installed = dfs_units.install(items, target)
+    troubles = dfs_units.settle(target)
+    if as_json:
+        print_json({"files": installed.files, "changed": installed.changed, "troubles": troubles})
+    else:
+        for line in dfs_units.lines(installed, target, troubles):
+            say(line)
+    if troubles:
+        raise typer.Exit(1)
+
+
 def add_to(app: typer.Typer) -> None:
     """Makes these commands part of `dfs`."""
     for command in (completion, man):
         app.command()(command)
+    app.command("install-units")(install_units)

@@ -5,7 +5,6 @@ data is damaged, and 78: the configuration is wrong; both stay so until somebody
 systemd unit does not start the server again.
 """
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,7 +81,7 @@ LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or erro
 
 
 def fail(error: BaseException) -> typer.Exit:
-    print(f"metaserver: {_text(error)}", file=sys.stderr)
+    logs.complain(f"metaserver: {_text(error)}")
     damaged = isinstance(error, DAMAGED) or (isinstance(error, EngineFailed) and error.damaged)
     return typer.Exit(EXIT_DAMAGED if damaged else EXIT_CONFIG if isinstance(error, ConfigError) else 1)
 

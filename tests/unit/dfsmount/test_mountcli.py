@@ -211,12 +211,12 @@ cli.main(["-f", "127.0.0.1:1", {str(tmp_path)!r}, "-o", "log_file={tmp_path}/log
 
 
 def test_syslog_gets_whole_lines() -> None:
-    lines: list[str] = []
-    stream = cli.SyslogStream(lines.append)
-    stream.write("one\ntw")
+    lines: list[tuple[int, str]] = []
+    stream = cli.SyslogStream(lambda priority, line: lines.append((priority, line)))
+    stream.write("one\n<4>tw")
     stream.write("o\n\n")
     stream.flush()
-    assert lines == ["one", "two"]
+    assert lines == [(6, "one"), (4, "two")]
 
 
 def test_options_for_the_kernel() -> None:
