@@ -280,13 +280,13 @@ class Core:
         if file.state.is_dirty:
             await self.writer.flush(file.state)
 
-    def lost_last_name(self, ino: int) -> None:
-        """The inode has no name any more: nobody will ever want its dirty data unless it is open."""
+    def lost_last_name(self, ino: int, *, kept: bool) -> None:
+        """The inode has no name any more: nobody will ever want its dirty data unless it is open, or in the trash."""
         inode = self.inodes.get(ino)
         if inode is not None:
             inode.gone = True
         file = self.files.get(ino)
-        if file is not None:
+        if file is not None and not kept:
             file.unlinked = True
             self.discard_unwanted(file)
 

@@ -121,7 +121,7 @@ class Names:
         core.inodes.doubt(gone.ino)
         core.fresh.give_up(gone.ino)
         if gone.nlink == 0:
-            core.lost_last_name(gone.ino)
+            core.lost_last_name(gone.ino, kept=gone.kept)
 
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
         """What is moved has its data committed first: after a crash a name never leads to contents from before."""
@@ -142,7 +142,7 @@ class Names:
         else:
             self._note_rename(parent, new_parent, moved, answer.time_ns)
         if moved.replaced and moved.replaced_nlink == 0:
-            core.lost_last_name(moved.replaced)
+            core.lost_last_name(moved.replaced, kept=moved.kept)
 
     def _note_rename(self, parent: int, new_parent: int, moved: Renamed, time_ns: int) -> None:
         """Attributes after a rename; those of directories that others may lie in are asked for again."""

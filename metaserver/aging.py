@@ -18,6 +18,7 @@ from metaserver.repair import Repair
 from metaserver.resume import Resuming
 from metaserver.sessions import Sessions
 from metaserver.tasks import Tasks
+from metaserver.trashing import Trash
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +40,7 @@ class Aging:
         tasks: Tasks,
         repair: Repair,
         cleaner: Cleaner,
+        trash: Trash,
         chores: Sequence[Callable[[], None]],
     ) -> None:
         self._config = config
@@ -50,6 +52,7 @@ class Aging:
         self._tasks = tasks
         self._repair = repair
         self._cleaner = cleaner
+        self._trash = trash
         # More of what goes on by itself, each bounded.
         self._chores = chores
 
@@ -62,6 +65,7 @@ class Aging:
             nursery.start_soon(self._end_overdue)
             nursery.start_soon(self._keep_repairing)
             nursery.start_soon(self._keep_cleaning)
+            nursery.start_soon(self._keep_emptying)
 
     async def _tick(self) -> None:
         while True:
@@ -113,6 +117,13 @@ class Aging:
             if not self._changes.refusing:
                 with _tried_again("cleaning"):
                     await self._cleaner.tick()
+
+    async def _keep_emptying(self) -> None:
+        while True:
+            if not self._changes.refusing:
+                with _tried_again("emptying the trash"):
+                    await self._trash.tick()
+            await self._trash.pause()
 
 
 @contextmanager

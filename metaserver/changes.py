@@ -22,6 +22,7 @@ from metaserver.repair import Repair
 from metaserver.schema import Transaction
 from metaserver.sessions import Sessions, SessionState
 from metaserver.tasks import Tasks
+from metaserver.trashing import Trash
 from metaserver.wire import Buffer, Empty, Method, Replay, Request, Response
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ class Changes:
         members: Members,
         repair: Repair,
         tasks: Tasks,
+        trash: Trash,
         steady_ns: Callable[[], int],
     ) -> None:
         self._committer = committer
@@ -55,6 +57,7 @@ class Changes:
         self._members = members
         self._repair = repair
         self._tasks = tasks
+        self._trash = trash
         self._steady_ns = steady_ns
         self.refusing = ""
         # How many inodes there are.
@@ -148,11 +151,12 @@ class Changes:
     def _unlink(self, session: SessionState, request: Request[Any]) -> Applied:
         message, effects = request.message, Effects()
         openers = self._sessions.opened_by
+        keep = self._trash.keeper(session.row.host, again=request.replay is not None)
         change = self._change(
             session,
             request,
             protocol.UNLINK.decode_reply,
-            lambda tx, now: namespace.unlink(tx, now, message, openers, effects),
+            lambda tx, now: namespace.unlink(tx, now, message, openers, effects, keep),
             frees=True,
         )
         self.carry_out(effects)
@@ -162,11 +166,12 @@ class Changes:
     def _rename(self, session: SessionState, request: Request[Any]) -> Applied:
         message, effects = request.message, Effects()
         openers = self._sessions.opened_by
+        keep = self._trash.keeper(session.row.host, again=request.replay is not None)
         change = self._change(
             session,
             request,
             protocol.RENAME.decode_reply,
-            lambda tx, now: namespace.rename(tx, now, message, openers, effects),
+            lambda tx, now: namespace.rename(tx, now, message, openers, effects, keep),
             frees=True,
         )
         self.carry_out(effects)
@@ -334,6 +339,7 @@ class Changes:
         """What follows from a change that has succeeded."""
         self._sessions.orphans.update(effects.orphans)
         self.inodes -= effects.removed
+        self._trash.noted(effects.trash)
         for chunk in (*effects.dead, *effects.chunks):
             self._repair.look_at(chunk)
         self._tell(0, effects.changed)

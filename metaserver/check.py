@@ -32,12 +32,14 @@ from metaserver.schema import (
     Task,
     TaskKind,
     Transaction,
+    Trashed,
     dentry_key,
     inode_key,
     listing_key,
     read_u64,
     server_key,
     session_key,
+    trash_key,
 )
 
 Findings: TypeAlias = Iterator[Problem | None]
@@ -72,6 +74,7 @@ def check_steps(tx: Transaction) -> Findings:
     yield from _readable("BY_SERVER", check_by_server(tx))
     yield from _readable("SESSIONS", _check_sessions(tx))
     yield from tasks.check()
+    yield from _readable("TRASH", _check_trash(tx))
     yield from _check_limits(tx)
 
 
@@ -258,8 +261,25 @@ def _check_orphan(
             yield Problem("ORPHANS", f"{ino}/{session}", "the session does not exist")
     if held and inode.nlink:
         yield Problem("ORPHANS", str(ino), f"has nlink {inode.nlink}")
-    if not inode.nlink and not held and not removing:
+    trashed = inode.flags & InodeFlags.IN_TRASH
+    if trashed and (inode.nlink or tx.get(Table.TRASH, trash_key(inode.next_cookie, ino)) is None):
+        yield Problem("INODES", str(ino), f"says that it is in the trash, has nlink {inode.nlink} and is not there")
+    if not inode.nlink and not held and not removing and not trashed:
         yield Problem("INODES", str(ino), "has nlink 0, and nothing will remove it")
+
+
+def _check_trash(tx: Transaction) -> Findings:
+    """That every TRASH row has its inode (the other way round: :func:`_check_orphan`)."""
+    for count, (key, value) in enumerate(rows(tx, Table.TRASH)):
+        ino, row = read_u64(key, 8), Trashed.unpack(value)
+        found = tx.get(Table.INODES, inode_key(ino))
+        inode = None if found is None else Inode.unpack(found)
+        if inode is None or not inode.flags & InodeFlags.IN_TRASH or inode.next_cookie != read_u64(key):
+            yield Problem("TRASH", str(ino), "the inode does not exist, or is not in the trash under this time")
+        elif stat.S_ISDIR(inode.mode) != row.directory:
+            yield Problem("TRASH", str(ino), f"says directory {row.directory}, the inode has mode {inode.mode:o}")
+        if count % SLICE_ROWS == 0:
+            yield None
 
 
 def _check_sessions(tx: Transaction) -> Findings:

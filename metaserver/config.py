@@ -14,6 +14,10 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Level = Annotated[str, msgspec.Meta(pattern="^(debug|info|warning|error)$")]
 
 
+# Ten years.
+MOST_TRASH_SECONDS = 10 * 366 * 86400
+
+
 class ConfigError(Exception):
     """The configuration cannot be used; the text is one line that says where and why."""
 
@@ -45,6 +49,9 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     rebalance_bytes_per_second: Positive = 16 << 20
     # 0: never by itself.
     rebalance_threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.1
+    # 0: what is deleted is gone at once.
+    trash_seconds: Annotated[float, msgspec.Meta(ge=0, le=MOST_TRASH_SECONDS)] = 0.0
+    trash_files: Positive = 1_000_000
     # 0: never.
     clean_bytes_per_second: Annotated[int, msgspec.Meta(ge=0)] = 16 << 20
     log: Log = msgspec.field(default_factory=Log)

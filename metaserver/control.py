@@ -173,6 +173,7 @@ class Control:
             return HeartbeatReply(epoch, 0, True, [])
         was_up = member.up
         new = self._members.heartbeat(member, told, self._clock.seconds)
+        self._service.space_told()
         if not was_up:
             log.info("chunkserver up", server=server, name=member.row.name)
             self._repair.survey(server)

@@ -2,6 +2,7 @@
 
 import stat
 from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 import msgspec
 
@@ -15,10 +16,12 @@ from metaserver.schema import (
     Task,
     TaskKind,
     Transaction,
+    Trashed,
     after,
     inode_key,
     key_u64,
     orphan_key,
+    trash_key,
 )
 
 # Extents that one step may remove: three rows each (EXTENTS, BY_CHUNK, CHUNKS), with room below MAX_TRANSACTION_ROWS.
@@ -28,10 +31,28 @@ STEP_EXTENTS = 1000
 Openers = Callable[[int], Collection[int]]
 
 
+class Leaving(NamedTuple):
+    """An inode that loses a name, which was ``name`` in ``directory``, whose ino is ``parent``."""
+
+    ino: int
+    inode: Inode
+    parent: int
+    directory: Inode
+    name: bytes
+
+
+class TrashChange(NamedTuple):
+    """A TRASH row that has come (1), gone (-1) or changed (0), and the bytes that are more or less in the trash."""
+
+    key: bytes
+    files: int
+    bytes: int
+
+
 class Effects(msgspec.Struct):
     """What a change brought about besides its rows, for those who must act on it once it has succeeded: chunks that are
     DEAD or worth cleaning now, others that may need something, inodes whose attributes nobody knows who changed them,
-    new orphans, new tasks, and how many inodes are no more."""
+    new orphans, new tasks, how many inodes are no more, and what that did to the trash."""
 
     dead: list[int] = []
     chunks: list[int] = []
@@ -39,6 +60,16 @@ class Effects(msgspec.Struct):
     orphans: list[int] = []
     tasks: list[tuple[int, Task]] = []
     removed: int = 0
+    trash: list[TrashChange] = []
+
+
+# Puts what leaves into the trash; whether it did. The caller saves inode and directory.
+Keep = Callable[[Transaction, int, Leaving, Effects], bool]
+
+
+def keep_nothing(tx: Transaction, now_ns: int, leaving: Leaving, effects: Effects) -> bool:
+    """A :data:`Keep` without a trash."""
+    return False
 
 
 def find(tx: Transaction, ino: int) -> Inode | None:
@@ -125,37 +156,65 @@ def start_task(tx: Transaction, task: Task, effects: Effects) -> None:
     effects.tasks.append((number, task))
 
 
+class Dropped(NamedTuple):
+    """What remains of nlink, whether it is an orphan, and whether it is in the trash."""
+
+    nlink: int
+    orphan: bool = False
+    kept: bool = False
+
+
 def drop_name(
-    tx: Transaction, now_ns: int, ino: int, inode: Inode, openers: Openers, effects: Effects
-) -> tuple[int, bool]:
-    """Takes one name away from an inode (all from a directory): what remains of nlink, and whether it is an orphan."""
+    tx: Transaction, now_ns: int, name: Leaving, openers: Openers, effects: Effects, keep: Keep = keep_nothing
+) -> Dropped:
+    """Takes one name away from an inode (all from a directory); saves the inode, but not the directory it was in."""
+    ino, inode = name.ino, name.inode
     inode.nlink = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
     inode.ctime_ns = now_ns
     if inode.nlink > 0:
         save(tx, ino, inode)
-        return inode.nlink, False
+        return Dropped(inode.nlink)
     sessions = openers(ino)
+    kept = keep(tx, now_ns, name, effects)
+    for session in sessions:
+        tx.put(Table.ORPHANS, orphan_key(ino, session), b"")
     if sessions:
-        save(tx, ino, inode)
-        for session in sessions:
-            tx.put(Table.ORPHANS, orphan_key(ino, session), b"")
         effects.orphans.append(ino)
-        return 0, True
-    remove(tx, ino, inode, effects)
-    return 0, False
+    if sessions or kept:
+        save(tx, ino, inode)
+    else:
+        remove(tx, ino, inode, effects)
+    return Dropped(0, bool(sessions), kept)
 
 
 def release(tx: Transaction, ino: int, session: int, effects: Effects) -> None:
-    """The session no longer keeps an orphan alive; the last one to say so ends it. Anything else is left alone."""
+    """The session no longer keeps an orphan alive; the last one to say so ends it, unless it is in the trash. Anything
+    else is left alone."""
     key = orphan_key(ino, session)
     if tx.get(Table.ORPHANS, key) is None:
         return
     tx.delete(Table.ORPHANS, key)
-    if orphaned(tx, ino):
-        return
     row = tx.get(Table.INODES, inode_key(ino))
-    if row is not None:
-        remove(tx, ino, Inode.unpack(row), effects)
+    if row is None or orphaned(tx, ino):
+        return
+    inode = Inode.unpack(row)
+    if inode.flags & InodeFlags.IN_TRASH:
+        _measure(tx, ino, inode, effects)
+    else:
+        remove(tx, ino, inode, effects)
+
+
+def _measure(tx: Transaction, ino: int, inode: Inode, effects: Effects) -> None:
+    """Has the TRASH row say what was written up to the last close."""
+    key = trash_key(inode.next_cookie, ino)
+    value = tx.get(Table.TRASH, key)
+    if value is None:
+        return
+    row = Trashed.unpack(value)
+    if row.allocated != inode.allocated:
+        effects.trash.append(TrashChange(key, 0, inode.allocated - row.allocated))
+        row.allocated = inode.allocated
+        tx.put(Table.TRASH, key, row.pack())
 
 
 def remove(tx: Transaction, ino: int, inode: Inode, effects: Effects) -> None:

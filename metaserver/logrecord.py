@@ -71,6 +71,7 @@ _ROW = struct.Struct("<IHB")
 _ROW_HEADER_BYTES = 8
 assert _ROW.size + 1 == _ROW_HEADER_BYTES
 _U64 = struct.Struct("<Q")
+_LOGGED = frozenset(table.value for table in Table) - {Table.TOTALS.value}
 _MAGIC_BYTES = struct.pack("<I", RECORD_MAGIC)
 _PADDING = tuple(bytes(count) for count in range(ALIGNMENT))
 
@@ -177,7 +178,7 @@ def _decode_rows(body: bytes, count: int) -> dict[bytes, bytes | None] | None:
         start = offset + _ROW_HEADER_BYTES - 1
         value_start = start + 1 + key_length
         offset = value_start + value_length
-        if offset > len(body) or not 0 < body[start] < Table.TOTALS:
+        if offset > len(body) or body[start] not in _LOGGED:
             return None
         rows[body[start:value_start]] = None if tombstone else body[value_start:offset]
     return rows

@@ -369,6 +369,18 @@ class Members:
             space.placeable((space.Volume(sizes[0], len(sizes)) for sizes in free.values()), copies),
         )
 
+    def working_space(self, copies: int) -> tuple[int, int]:
+        """As :meth:`space`, but of the servers alone that take data now: how full the others are is not known."""
+        rooms = self._rooms()
+        devices: dict[str, list[int]] = {}
+        for member in self.by_id.values():
+            if member.works:
+                devices.setdefault(member.device, []).append(member.capacity)
+        return (
+            space.placeable((space.Volume(max(sizes), len(sizes)) for sizes in devices.values()), copies),
+            space.placeable((space.Volume(rooms[device], len(sizes)) for device, sizes in devices.items()), copies),
+        )
+
     def room_on(self, servers: Iterable[int]) -> int:
         """Bytes free and not reserved on these together."""
         rooms = self._rooms()

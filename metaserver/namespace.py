@@ -9,7 +9,18 @@ from collections.abc import Collection
 
 from metaserver import xattrs
 from metaserver.errors import DfsError, ErrorCode
-from metaserver.inodes import Effects, Openers, drop_name, new_inode, require, require_directory, save
+from metaserver.inodes import (
+    Effects,
+    Keep,
+    Leaving,
+    Openers,
+    drop_name,
+    keep_nothing,
+    new_inode,
+    require,
+    require_directory,
+    save,
+)
 from metaserver.protocol import (
     LINK_MAX,
     NAME_MAX,
@@ -125,8 +136,11 @@ def _new(tx: Transaction, now_ns: int, message: Make, directory: Inode) -> Inode
     return new_inode(mode, message.uid, gid, now_ns, nlink=2, parent=message.parent, copies=copies)
 
 
-def unlink(tx: Transaction, now_ns: int, message: Unlink, openers: Openers, effects: Effects) -> Unlinked:
-    """unlink(2) or rmdir(2). With sessions that have it open, the inode becomes an orphan."""
+def unlink(
+    tx: Transaction, now_ns: int, message: Unlink, openers: Openers, effects: Effects, keep: Keep = keep_nothing
+) -> Unlinked:
+    """unlink(2) or rmdir(2). With sessions that have it open, the inode becomes an orphan; ``keep`` may put it into the
+    trash."""
     parent, name = message.parent, message.name
     directory = require_directory(tx, parent)
     check_name(name)
@@ -146,9 +160,10 @@ def unlink(tx: Transaction, now_ns: int, message: Unlink, openers: Openers, effe
         directory.nlink -= 1
     inode = require(tx, dentry.ino)
     _remove_entry(tx, parent, name, dentry)
+    leaving = Leaving(dentry.ino, inode, parent, directory, name)
+    dropped = drop_name(tx, now_ns, leaving, openers, effects, keep)
     _touch(tx, parent, directory, now_ns)
-    nlink, orphan = drop_name(tx, now_ns, dentry.ino, inode, openers, effects)
-    return Unlinked(dentry.ino, nlink, orphan)
+    return Unlinked(dentry.ino, dropped.nlink, dropped.orphan, dropped.kept)
 
 
 def link(tx: Transaction, now_ns: int, message: Link) -> Attributes:
@@ -175,8 +190,10 @@ def link(tx: Transaction, now_ns: int, message: Link) -> Attributes:
     return inode.attributes(message.ino)
 
 
-def rename(tx: Transaction, now_ns: int, message: Rename, openers: Openers, effects: Effects) -> Renamed:
-    """renameat2(2), without RENAME_WHITEOUT."""
+def rename(
+    tx: Transaction, now_ns: int, message: Rename, openers: Openers, effects: Effects, keep: Keep = keep_nothing
+) -> Renamed:
+    """renameat2(2), without RENAME_WHITEOUT. What is replaced is dealt with as by :func:`unlink`."""
     flags = message.flags
     if flags not in (RenameFlags.NONE, RenameFlags.NOREPLACE, RenameFlags.EXCHANGE):
         raise DfsError(ErrorCode.INVALID)
@@ -203,7 +220,7 @@ def rename(tx: Transaction, now_ns: int, message: Rename, openers: Openers, effe
         return _exchange(tx, now_ns, message, source, target, old_directory, new_directory)
     if target is not None and target.ino == source.ino:
         return Renamed(source.ino, 0, 0)
-    return _replace(tx, now_ns, message, source, target, old_directory, new_directory, openers, effects)
+    return _replace(tx, now_ns, message, source, target, old_directory, new_directory, openers, effects, keep)
 
 
 def _replace(
@@ -216,6 +233,7 @@ def _replace(
     new_directory: Inode,
     openers: Openers,
     effects: Effects,
+    keep: Keep,
 ) -> Renamed:
     is_directory = source.type == _TYPE_DIRECTORY
     moved = require(tx, source.ino)
@@ -225,15 +243,16 @@ def _replace(
     elif is_directory and new_directory is not old_directory:
         _check_links(new_directory)
     _remove_entry(tx, message.parent, message.name, source)
-    replaced, replaced_nlink = 0, 0
+    renamed = Renamed(source.ino, 0, 0)
     if target is None:
         _add_entry(tx, message.new_parent, new_directory, message.new_name, source.ino, source.type)
     else:
         # The name was there all the time: it keeps its place in listings.
         _put_entry(tx, message.new_parent, message.new_name, Dentry(source.ino, target.cookie, source.type))
-        replaced = target.ino
         gone = require(tx, target.ino)
-        replaced_nlink, _ = drop_name(tx, now_ns, target.ino, gone, openers, effects)
+        leaving = Leaving(target.ino, gone, message.new_parent, new_directory, message.new_name)
+        dropped = drop_name(tx, now_ns, leaving, openers, effects, keep)
+        renamed = Renamed(source.ino, target.ino, dropped.nlink, dropped.kept)
     if is_directory:
         old_directory.nlink -= 1
         new_directory.nlink += target is None
@@ -241,7 +260,7 @@ def _replace(
     moved.ctime_ns = now_ns
     save(tx, source.ino, moved)
     _touch_both(tx, now_ns, message, old_directory, new_directory)
-    return Renamed(source.ino, replaced, replaced_nlink)
+    return renamed
 
 
 def _exchange(
@@ -296,6 +315,24 @@ def _lies_in(tx: Transaction, ino: int, ancestor: int) -> bool:
             return False
         ino = require_directory(tx, ino).parent
     return True
+
+
+def attach(tx: Transaction, now_ns: int, parent: int, name: bytes, ino: int, inode: Inode) -> None:
+    """Gives an inode that has no name this one: what was deleted, or has been made out of sight. Its nlink is set
+    already, as with that name; saves inode and directory."""
+    directory = require_directory(tx, parent)
+    check_name(name)
+    if name in _DOTS or tx.get(Table.DENTRIES, dentry_key(parent, name)) is not None:
+        raise DfsError(ErrorCode.EXISTS)
+    _check_live(directory)
+    if stat.S_ISDIR(inode.mode):
+        _check_links(directory)
+        directory.nlink += 1
+        inode.parent = parent
+    inode.ctime_ns = now_ns
+    save(tx, ino, inode)
+    _add_entry(tx, parent, directory, name, ino, inode.mode >> 12)
+    _touch(tx, parent, directory, now_ns)
 
 
 def check_name(name: bytes) -> None:

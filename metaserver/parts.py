@@ -29,6 +29,7 @@ from metaserver.sessions import Sessions
 from metaserver.space import LEAST_LIMIT
 from metaserver.status import StatusReader
 from metaserver.tasks import Tasks
+from metaserver.trashing import Trash
 
 
 class Parts:
@@ -55,28 +56,31 @@ class Parts:
         self.cleaner = cleaner = Cleaner(committer, config, members, repair, clock, now_ns)
         repair.noted, repair.compacted = cleaner.note, cleaner.result
         self.tasks = tasks = Tasks(committer, config, members)
+        self.trash = trash = Trash(committer, config, members, clock, now_ns)
         self.changes = changes = Changes(
-            committer, config, clock, sessions, members, repair, tasks, steady_ns or now_ns
+            committer, config, clock, sessions, members, repair, tasks, trash, steady_ns or now_ns
         )
+        trash.carry_out = changes.carry_out
         tasks.carry_out, tasks.sealed, tasks.removed = changes.carry_out, repair.sealed, repair.removed
         self.flushing = flushing = Flushing(sessions)
         self.resuming = resuming = Resuming(
             committer, config, cluster_id, sessions, changes, flushing, tasks, clock, now_ns
         )
         self.service = service = Service(
-            committer, config, clock, sessions, members, changes, flushing, resuming, repair, tasks
+            committer, config, clock, sessions, members, changes, flushing, resuming, repair, tasks, trash
         )
         self.control = Control(committer, config, cluster_id, clock, members, repair, changes, resuming.window, service)
         balancer = Balancer(committer, config, clock, members, repair)
         self.status = StatusReader(
-            committer, config, cluster_id, clock, sessions, members, repair, tasks, changes, service, cleaner, balancer
-        )
+            committer, config, cluster_id, clock, sessions, members, repair, tasks, changes, service, cleaner, balancer,
+            trash,
+        )  # fmt: skip
         drains = Draining(committer, clock, members, repair, changes, sessions)
         losses = Losses(committer, members)
         self.admin = Admin(committer, config, changes, tasks, drains, balancer, losses, resuming.window)
         self.history = History(self.seen, now_ns)
         chores = (balancer.tick, drains.ask_writers)
-        self.aging = Aging(config, clock, sessions, members, changes, resuming, tasks, repair, cleaner, chores)
+        self.aging = Aging(config, clock, sessions, members, changes, resuming, tasks, repair, cleaner, trash, chores)
 
     def load(self) -> None:
         """Makes the root of a new cluster; takes up servers, open chunks, tasks, sessions and orphans."""

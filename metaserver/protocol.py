@@ -63,10 +63,13 @@ class Attributes(Message):
 
 
 class InodeFlags(IntFlag):
-    """HAS_XATTRS unset lets a mount answer ENODATA without asking (the kernel asks before every write)."""
+    """HAS_XATTRS unset lets a mount answer ENODATA without asking (the kernel asks before every write). IN_TRASH:
+    deleted, and kept for a while. HAS_TRASH: a directory from which something was deleted that was kept."""
 
     NONE = 0
     HAS_XATTRS = 1
+    IN_TRASH = 2
+    HAS_TRASH = 4
 
 
 class Extent(Message):
@@ -372,11 +375,13 @@ class Unlink(Message):
 
 
 class Unlinked(Message):
-    """The inode whose name it was and how many names remain; ``orphan``: it lives until it is closed."""
+    """The inode whose name it was and how many names remain; ``orphan``: it lives until it is closed. ``kept``: it is
+    in the trash, and what is still unwritten of it belongs there, too."""
 
     ino: int
     nlink: int
     orphan: bool
+    kept: bool = False
 
 
 class RenameFlags(IntFlag):
@@ -394,11 +399,12 @@ class Rename(Message):
 
 
 class Renamed(Message):
-    """The inode that moved, and the one that lost its name by it (0: none)."""
+    """The inode that moved, and the one that lost its name by it (0: none), which may be ``kept`` as in Unlinked."""
 
     ino: int
     replaced: int
     replaced_nlink: int
+    kept: bool = False
 
 
 class Link(Message):
@@ -923,6 +929,16 @@ class RepairStatus(Json):
     to_delete: int = 0
 
 
+class TrashStatus(Json):
+    """Deleted ``files`` (directories and links among them) that are kept, and the bytes of their contents. ``seconds``:
+    how long, where nothing else was chosen. ``counted`` false: the metaserver has just started, there are more."""
+
+    files: int
+    bytes: int
+    seconds: float
+    counted: bool
+
+
 class RebalanceStatus(Json):
     """``mode``: IDLE, BY_ITSELF, ASKED or STOPPED. ``unevenness``: by how much of its space the fullest server is
     fuller than the emptiest. ``moved_*`` since it began; ``excess_bytes`` would have to move for all to be even."""
@@ -969,6 +985,7 @@ class Status(Json):
     recovery_damage: list[str] = []
     # Why the last snapshot file could not be written or read back ("": it could); it is ``unprotected`` then.
     snapshot_failure: str = ""
+    trash: TrashStatus | None = None
 
 
 class Draining(Json):

@@ -8,11 +8,13 @@ table      key                            row and invariants
 ========== ============================== =====================================================================
 INODES     ino u64                        :class:`Inode`. ino 1 is the root and its own parent. nlink is the number
                                           of DENTRIES rows that name it (directories: 2 + subdirectories; the root
-                                          counts itself). nlink 0 only with an ORPHANS row, or a TASKS row that
-                                          will remove it. allocated is the sum of its EXTENTS lengths.
-                                          flags HAS_XATTRS if and only if XATTRS rows exist. storage_class: how many
-                                          copies of its data are wanted, 0: the cluster's default; a new inode has its
-                                          directory's.
+                                          counts itself). nlink 0 only with an ORPHANS row, a TRASH row, or a TASKS
+                                          row that will remove it. allocated is the sum of its EXTENTS lengths.
+                                          flags HAS_XATTRS if and only if XATTRS rows exist; IN_TRASH if and only if
+                                          nlink is 0 and there is a TRASH row for ``next_cookie`` and ino; a directory
+                                          HAS_TRASH if something in the trash was in it (or was once).
+                                          storage_class: how many copies of its data are wanted, 0: the cluster's
+                                          default; a new inode has its directory's.
 DENTRIES   parent u64, name               :class:`Dentry`: ino, type (S_IFMT bits >> 12), cookie. parent is a
                                           directory; ino exists; its type is the inode's. A directory has exactly
                                           one name, and its ``parent`` field says where.
@@ -52,7 +54,10 @@ COUNTERS   name                           u64 unless said otherwise. ``limit/KIN
                                           ``kept_chunks``: after a rebuild, unknown chunks below it are not deleted.
                                           Written by the storage engine alone.
 TOTALS     table u8                       row count u64, XOR of row checksums u32: written only by a checkpoint. One
-                                          row per table but TOTALS.
+                                          row per table but TOTALS; none means no rows for tables that came later.
+TRASH      expires u64, ino u64           :class:`Trashed`, msgpack: a file, symlink or directory that was deleted, what
+                                          is to go first first. expires is in ns since 1970, and also the inode's
+                                          ``next_cookie``. A directory is there only if it HAS_TRASH.
 ========== ============================== =====================================================================
 
 Inode 0, chunk 0, session 0 and server 0 mean "none". The top 16 bits of inode and chunk ids are a metadata shard, 0
@@ -89,6 +94,7 @@ class Table(IntEnum):
     TASKS = 15
     COUNTERS = 16
     TOTALS = 17
+    TRASH = 20
 
 
 SCHEMA_VERSION = 1
@@ -218,6 +224,10 @@ def orphan_key(ino: int, session: int) -> bytes:
     return _U64_U64.pack(ino, session)
 
 
+def trash_key(expires_ns: int, ino: int) -> bytes:
+    return _U64_U64.pack(expires_ns, ino)
+
+
 def survived_key(epoch: int) -> bytes:
     return SURVIVED + _U64.pack(epoch)
 
@@ -249,7 +259,8 @@ class PackedRow(msgspec.Struct, gc=False):
 
 
 class Inode(PackedRow):
-    """See INODES. ``parent`` and ``next_cookie`` are for directories, else 0. Times in ns, signed."""
+    """See INODES. ``parent`` and ``next_cookie`` are for directories, else 0; of what is in the trash
+    ``next_cookie`` is when it expires (a directory that is restored counts on from there). Times in ns, signed."""
 
     mode: int
     uid: int
@@ -446,6 +457,18 @@ class Session(PackedMessage):
     read_only: bool
     created_ns: int
     acknowledged: int = 0
+
+
+class Trashed(PackedMessage):
+    """See TRASH. The inode was called ``name`` in directory ``parent``, which may be in the trash, too.
+    ``allocated``: as the inode's when its last descriptor was closed; ``host``: whose mount deleted it."""
+
+    parent: int
+    name: bytes
+    deleted_ns: int
+    allocated: int
+    directory: bool
+    host: str = ""
 
 
 class StoredAnswer(PackedMessage):

@@ -28,12 +28,15 @@ from metaserver.resume import Resuming
 from metaserver.schema import Session, Transaction
 from metaserver.sessions import Sessions, SessionState
 from metaserver.tasks import Tasks
+from metaserver.trashing import Trash
 from metaserver.wire import Empty, Method, Request
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
+# How long one waits for the space of deleted files, well within what a mount waits for an answer.
+FREED_SECONDS = 8.0
 # How long an allocation waits for chunkservers, all of which may be registering after a start of everything.
 SERVERS_SECONDS = 10.0
 
@@ -133,6 +136,7 @@ class Service:
         resuming: Resuming,
         repair: Repair,
         tasks: Tasks,
+        trash: Trash,
     ) -> None:
         self.committer = committer
         self.config = config
@@ -144,7 +148,9 @@ class Service:
         self.resuming = resuming
         self.repair = repair
         self.tasks = tasks
+        self.trash = trash
         self.servers_up = trio.Event()
+        self._space_told = trio.Event()
         self.table = self._table()
         # Requests by method number, for the metrics.
         self.counts = dict.fromkeys(self.table, 0)
@@ -335,7 +341,10 @@ class Service:
         inode, _ = self.committer.read(client.session_id, lambda tx: inodes.find(tx, ino))
         wanted = 0 if inode is None else inode.storage_class
         total, free = self.members.space(wanted or self.config.copies)
-        return Reply(protocol.FsStats(total, free, self.changes.inodes), (), 0, self.committer.durable)
+        # What was deleted goes when its space is needed.
+        free = min(total, free + self.trash.bytes)
+        inodes_in_use = self.changes.inodes - self.trash.files
+        return Reply(protocol.FsStats(total, free, inodes_in_use), (), 0, self.committer.durable)
 
     # -- changes -------------------------------------------------------------------------------------------------
 
@@ -399,11 +408,42 @@ class Service:
 
     def _allocate(self, client: Client, request: Request[Any]) -> Result:
         try:
-            return self._finish(self.changes.apply(client.known, protocol.ALLOCATE.number, request))
+            return self._allocate_now(client, request)
         except DfsError as error:
+            if error.code is ErrorCode.NO_SPACE and self.trash.makes_room:
+                return self._allocate_freed(client, request)
             if error.code is not ErrorCode.UNAVAILABLE:
                 raise
         return self._allocate_later(client, request)
+
+    def _allocate_now(self, client: Client, request: Request[Any]) -> Result:
+        try:
+            result = self._finish(self.changes.apply(client.known, protocol.ALLOCATE.number, request))
+        except DfsError as error:
+            if error.code is ErrorCode.NO_SPACE:
+                self.trash.press()
+            raise
+        self.trash.relieved()
+        return result
+
+    async def _allocate_freed(self, client: Client, request: Request[Any]) -> Reply:
+        """Waits for the space of deleted files. UNAVAILABLE if it is worth asking again."""
+        with trio.move_on_after(FREED_SECONDS):
+            while self.trash.makes_room:
+                await self._space_told.wait()
+                try:
+                    return await self._now(self._allocate_now(client, request))
+                except DfsError as error:
+                    if error.code is not ErrorCode.NO_SPACE:
+                        raise
+        if self.trash.makes_room:
+            raise DfsError(ErrorCode.UNAVAILABLE, "the space of deleted files is being given back")
+        return await self._now(self._allocate_now(client, request))
+
+    def space_told(self) -> None:
+        """A chunkserver has told how much space it has."""
+        self._space_told.set()
+        self._space_told = trio.Event()
 
     async def _allocate_later(self, client: Client, request: Request[Any]) -> Reply:
         """Waits for chunkservers to come up."""
@@ -411,13 +451,11 @@ class Service:
             while True:
                 await self.servers_up.wait()
                 try:
-                    return await self._now(
-                        self._finish(self.changes.apply(client.known, protocol.ALLOCATE.number, request))
-                    )
+                    return await self._now(self._allocate_now(client, request))
                 except DfsError as error:
                     if error.code is not ErrorCode.UNAVAILABLE:
                         raise
-        return await self._now(self._finish(self.changes.apply(client.known, protocol.ALLOCATE.number, request)))
+        return await self._now(self._allocate_now(client, request))
 
     def server_came_up(self) -> None:
         self.servers_up.set()

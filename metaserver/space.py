@@ -10,7 +10,7 @@ to make more space. *Room* is what is free and not reserved for chunks that are 
 reserves the bytes that it may still take, its *limit*: a whole chunk's capacity where there is plenty, a share of the
 room where there is little, so that the last of the space can be used by many writers at once. Space that is short is
 given back sooner: mounts seal chunks they do not write to within seconds, and what nothing refers to any more is
-deleted without the long grace.
+deleted without the long grace. Deleted files that are kept (``trashing.py``) take up only what nobody needs.
 """
 
 from collections.abc import Iterable
@@ -25,6 +25,8 @@ LEAST_LIMIT = 8 << 20
 # What a chunk's file takes beside its payload: header, and an index of 64 bytes for each block, rounded up.
 _FIXED_BYTES = 64 << 10
 _BLOCK_SHARE = 512
+# So much of all is kept free of deleted files: more than what makes space short.
+TRASH_PART = 16
 # Space is short when less than this part of all is left...
 SHORT_PART = 20
 # ...and pressing on a server that has no room for so many whole chunks, or for so long after a refusal.

@@ -33,6 +33,7 @@ from metaserver.schema import TaskKind, Transaction
 from metaserver.service import Service
 from metaserver.sessions import Sessions
 from metaserver.tasks import Tasks
+from metaserver.trashing import Trash
 
 log = structlog.get_logger(__name__)
 
@@ -63,6 +64,7 @@ class StatusReader:
         service: Service,
         cleaner: Cleaner,
         balancer: Balancer,
+        trash: Trash,
     ) -> None:
         self._committer = committer
         self._config = config
@@ -76,6 +78,7 @@ class StatusReader:
         self._service = service
         self._cleaner = cleaner
         self._balancer = balancer
+        self._trash = trash
         self._counting = trio.Lock()
         self._census = Census(members)
         self._fresh_until = float("-inf")
@@ -111,6 +114,7 @@ class StatusReader:
             recovery_checked_seconds=-1.0 if recovery is None else trio.current_time() - recovery.checked_at,
             recovery_damage=[] if recovery is None else list(recovery.problems),
             snapshot_failure=self._committer.snapshot_failure,
+            trash=self._trash.status(),
         )
 
     def cleaner(self) -> CleanerStatus:

@@ -232,15 +232,15 @@ class Reader:
     def verify(self) -> Iterator[int]:
         """Reads every row and compares all of them with TOTALS; raises :class:`CorruptStore`. Yields the number of rows
         so far about once a millisecond."""
-        totals = {table: Total(0, 0) for table in Table}
+        totals: dict[int, Total] = {table: Total(0, 0) for table in Table}
         count = 0
         try:
             with self._transaction.cursor() as cursor:
                 for key, data in cursor.iternext():
                     self._verified(key, data)
-                    if not Table.INODES <= key[0] <= Table.TOTALS:
+                    total = totals.get(key[0])
+                    if total is None:
                         raise self.damaged(f"the row {key.hex()} belongs to no table")
-                    total = totals[key[0]]  # type: ignore[index]
                     total.count += 1
                     total.checksums ^= int.from_bytes(data[-CHECKSUM_BYTES:], "little")
                     count += 1
@@ -414,6 +414,8 @@ class Store(Reader):
     def _add_total(self, transaction: "lmdb.Transaction[bytes]", table: Table, count: int, checksums: int) -> None:
         key = PREFIX[Table.TOTALS] + PREFIX[table]
         data = transaction.get(key)
+        if data is None and table > Table.TOTALS:
+            data = seal_row(key, Total(0, 0).pack())
         if data is None or crc32c(data, crc32c(key)) != RESIDUE:
             raise self.damaged(f"the totals of {table.name} are damaged")
         total = Total.unpack(data[:-CHECKSUM_BYTES])
@@ -515,7 +517,7 @@ def read_totals(reader: Reader) -> dict[Table, Total]:
     totals: dict[Table, Total] = {}
     for table in TABLES:
         value = reader.get(PREFIX[Table.TOTALS] + PREFIX[table])
-        if value is None:
+        if value is None and table < Table.TOTALS:
             raise reader.damaged(f"{table.name} has no totals")
-        totals[table] = Total.unpack(value)
+        totals[table] = Total(0, 0) if value is None else Total.unpack(value)
     return totals

@@ -242,8 +242,9 @@ class FakeServer:
 async def running(
     directory: Path, *, boot_id: bytes | None = None, random: int = 0, age: bool = True, check: bool = True, **more: Any
 ) -> AsyncIterator[Running]:
-    """A metaserver for the block; every invariant of its rows is checked at the end."""
-    config = Config(data=str(directory), **more)
+    """A metaserver for the block; every invariant of its rows is checked at the end. What is deleted is gone, unless
+    ``trash_seconds`` says otherwise."""
+    config = Config(data=str(directory), **{"trash_seconds": 0.0, **more})
     os.makedirs(directory, exist_ok=True)
     async with open_committer(directory, run_sync=inline, boot_id=boot_id, options=SMALL) as committer:
         parts = Parts(committer, config, CLUSTER, random=Random(random))

@@ -23,6 +23,7 @@ from metaserver.schema import (
     Table,
     Task,
     TaskKind,
+    Trashed,
     answer_key,
     by_chunk_key,
     by_server_key,
@@ -36,12 +37,15 @@ from metaserver.schema import (
     replica_key,
     server_key,
     session_key,
+    trash_key,
     xattr_key,
 )
 
 DIRECTORY, FILE, SYMLINK = 0o040755, 0o100644, 0o120777
-# Inodes of the sample: a directory, a file in it with data and an xattr, a symlink.
-SUB, DATA, LINK, ORPHAN = 2, 3, 4, 5
+# Inodes of the sample: a directory, a file in it with data and an xattr, a symlink; without a name an orphan, and
+# a file in the trash.
+SUB, DATA, LINK, ORPHAN, TRASHED = 2, 3, 4, 5, 6
+EXPIRES = 10**18
 CHUNK = 1
 
 
@@ -54,6 +58,7 @@ def sample() -> MemoryRows:
         (SUB, b"data", FILE, b""),
         (1, b"link", SYMLINK, b"sub/data"),
         (1, b"orphan", FILE, b""),
+        (SUB, b"trashed", FILE, b""),
     ):
         namespace.make(tx, 2, Make(parent, name, mode, 0, 0, target=target))
     tx.put(Table.SESSIONS, session_key(1), Session("h", "/m", 1, 1, False, 1, 5).pack())
@@ -68,6 +73,9 @@ def sample() -> MemoryRows:
     drop_name(tx, 1, b"orphan")
     change_inode(tx, ORPHAN, nlink=0)
     tx.put(Table.ORPHANS, orphan_key(ORPHAN, 1), b"")
+    drop_name(tx, SUB, b"trashed")
+    change_inode(tx, TRASHED, nlink=0, flags=2, next_cookie=EXPIRES)
+    tx.put(Table.TRASH, trash_key(EXPIRES, TRASHED), Trashed(SUB, b"trashed", 2, 0, False).pack())
     for kind in IdKind:
         tx.put(Table.COUNTERS, ID_LIMITS[kind], key_u64(100))
     return tx
@@ -232,10 +240,31 @@ BROKEN: dict[str, tuple[Callable[[MemoryRows], object], str, str]] = {
         "TASKS",
         "removes inode 77",
     ),
+    "trash of no inode": (
+        lambda tx: tx.put(Table.TRASH, trash_key(5, 77), Trashed(SUB, b"x", 2, 0, False).pack()),
+        "TRASH",
+        "does not exist",
+    ),
+    "trash under another time": (
+        lambda tx: tx.put(Table.TRASH, trash_key(5, TRASHED), Trashed(SUB, b"x", 2, 0, False).pack()),
+        "TRASH",
+        "under this time",
+    ),
+    "trash of another kind": (
+        lambda tx: tx.put(Table.TRASH, trash_key(EXPIRES, TRASHED), Trashed(SUB, b"x", 2, 0, True).pack()),
+        "TRASH",
+        "says directory True",
+    ),
+    "trash without row": (lambda tx: tx.delete(Table.TRASH, trash_key(EXPIRES, TRASHED)), "INODES", "is not there"),
+    "trash with a name": (
+        lambda tx: (add_name(tx, SUB, b"t", TRASHED, 8, 2), change_inode(tx, TRASHED, nlink=1)),
+        "INODES",
+        "has nlink 1",
+    ),
     "id past the limit": (
-        lambda tx: tx.put(Table.COUNTERS, ID_LIMITS[IdKind.INODE], key_u64(ORPHAN)),
+        lambda tx: tx.put(Table.COUNTERS, ID_LIMITS[IdKind.INODE], key_u64(TRASHED)),
         "COUNTERS",
-        "the limit is 5",
+        "the limit is 6",
     ),
     "short row": (lambda tx: tx.put(Table.INODES, inode_key(DATA), b"x"), "DENTRIES", "wrong format"),
     "task that is no message": (lambda tx: tx.put(Table.TASKS, key_u64(1), b"\xc1"), "TASKS", "wrong format"),

@@ -23,7 +23,7 @@ from metaserver.wire import Method, Response
 
 COMPARED = (
     Table.INODES, Table.DENTRIES, Table.LISTING, Table.SYMLINKS, Table.XATTRS, Table.EXTENTS, Table.BY_CHUNK,
-    Table.CHUNKS, Table.REPLICAS, Table.BY_SERVER, Table.ORPHANS, Table.TASKS,
+    Table.CHUNKS, Table.REPLICAS, Table.BY_SERVER, Table.ORPHANS, Table.TASKS, Table.TRASH,
 )  # fmt: skip
 
 # An image is a copy of everything: better in memory.
@@ -121,9 +121,10 @@ def rows_of(metaserver: Running) -> dict[Table, list[tuple[bytes, bytes]]]:
 @pytest.mark.parametrize("seed", range(12))
 async def test_what_is_sent_again_gives_the_same_rows(seed: int, autojump_clock: object) -> None:
     random = Random(seed)
+    settings = {"session_deadline_seconds": 1e6, "trash_seconds": 86400.0 if seed % 2 else 0.0}
     with tempfile.TemporaryDirectory(dir=TMPFS) as place:
         directory = Path(place)
-        async with running(directory / "data", boot_id=b"a" * 16, session_deadline_seconds=1e6) as metaserver:
+        async with running(directory / "data", boot_id=b"a" * 16, **settings) as metaserver:
             for number in (1, 2, 3):
                 await metaserver.server(number)
             journals = [Journal(await metaserver.mount(), random) for _ in range(2)]
@@ -137,7 +138,7 @@ async def test_what_is_sent_again_gives_the_same_rows(seed: int, autojump_clock:
                 await random.choice(journals).step(directories)
             expected = rows_of(metaserver)
         shutil.rmtree(directory / "data")
-        async with running(directory / "image", boot_id=b"b" * 16, session_deadline_seconds=1e6) as metaserver:
+        async with running(directory / "image", boot_id=b"b" * 16, **settings) as metaserver:
             assert metaserver.committer.boot_lost_tail
             results: list[protocol.Resent] = []
 

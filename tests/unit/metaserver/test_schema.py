@@ -21,6 +21,7 @@ from metaserver.schema import (
     Task,
     TaskKind,
     Total,
+    Trashed,
 )
 
 ROWS: dict[str, PackedRow | Listed | PackedMessage] = {
@@ -37,6 +38,7 @@ ROWS: dict[str, PackedRow | Listed | PackedMessage] = {
     "rows_server.bin": Server("disk1", "host", 7000, 7001, "rack", ["ssd"], "/data", 1 << 40, True, "host:2049", True),
     "rows_session.bin": Session("host", "/mnt", 123, 1, False, 10**18, 9),
     "rows_answer.bin": StoredAnswer(b"\x95", 111, "withdrawn"),
+    "rows_trashed.bin": Trashed(1 << 40, b"na\xffme", 10**18, 1 << 33, False, "host"),
     "rows_task.bin": Task(TaskKind.SET_COPIES, 77, 4096, 3, [(77, 5), (1 << 40, 0)]),
 }
 
@@ -54,6 +56,7 @@ KEYS = {
     "session": schema.session_key(1),
     "answer": schema.answer_key(1, 2),
     "orphan": schema.orphan_key(1, 2),
+    "trash": schema.trash_key(10**18, 5),
     "survived": schema.survived_key(3),
     "totals": schema.totals_key(4),
 }
