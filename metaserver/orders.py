@@ -197,6 +197,7 @@ class Orders:
         known = self._failures.get(chunk)
         return frozenset() if known is None else frozenset(s for s, until in known.avoid.items() if until > now)
 
-    def may_try(self, chunk: int, now: float) -> bool:
+    def due(self, chunk: int) -> float:
+        """When the next order on it may be given."""
         known = self._failures.get(chunk)
-        return known is None or known.not_before <= now
+        return 0.0 if known is None else known.not_before

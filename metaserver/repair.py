@@ -20,10 +20,11 @@ from metaserver.clock import LivedClock
 from metaserver.commit import Committer
 from metaserver.config import Config
 from metaserver.errors import ErrorCode
+from metaserver.grace import Graces
 from metaserver.members import Member, Members
 from metaserver.orders import Orders, Outstanding
 from metaserver.outcomes import BAD_SOURCE, TARGETS_FAULT, USELESS, apply_result, prepare
-from metaserver.planning import Group, Hints, Kind, Step, good_copies, is_lost, plan, plan_shift
+from metaserver.planning import Group, Hints, Kind, Step, good_copies, plan, plan_shift
 from metaserver.protocol import ChunkState, Order, OrderKind, OrderResult, ReplicaReport
 from metaserver.queueing import ChunkQueue
 from metaserver.reports import Finding
@@ -32,24 +33,19 @@ from metaserver.schema import (
     IdKind,
     Replica,
     Table,
-    Transaction,
-    by_server_key,
-    chunk_key,
-    parse_by_server_key,
-    read_u64,
     server_key,
 )
-from metaserver.space import SHORT_GRACE_SECONDS
+from metaserver.space import footprint
 from metaserver.strays import Strays
+from metaserver.tours import Tours
 
 log = structlog.get_logger(__name__)
 
-# Chunks of one tick (a second): walked, looked at because something changed, looked at in surveys, and put to work from
-# each queue. About 50 us each.
-WALK_CHUNKS = 200
+# Chunks of one tick (a second): looked at because something changed, and put to work from each queue. 50 us each.
 LOOK_CHUNKS = 500
-SURVEY_CHUNKS = 2000
 WORK_CHUNKS = 256
+# What had to wait in a round waits until all others in its queue have had their turn, too.
+ROUND_SECONDS = 1.0
 # Others have their turn after so many.
 YIELD_EVERY = 50
 # The writer of a chunk with a damaged replica is asked again to end it.
@@ -92,12 +88,12 @@ class Repair:
         self._queues: dict[Group, ChunkQueue[Urgency]] = {group: ChunkQueue() for group in Group}
         # Wanted elsewhere although nothing is wrong with them: chunk to (from, to).
         self._shifts: dict[int, tuple[int, int]] = {}
-        self._dead_since: dict[int, float] = {}
+        self._graces = Graces(config.delete_grace_seconds)
+        self._pressing: frozenset[int] = frozenset()
         # Servers whose replica is to be verified before it counts again, by chunk.
         self._suspects: dict[int, set[int]] = {}
         self.strays = Strays()
-        self._surveys: dict[int, int] = {}
-        self._walked = 0
+        self._tours = Tours(committer, members)
         # After a rebuild: a server that took no part in it may have the only copy of what is unknown here.
         self.kept_below = 0
         # The cleaner's: what was looked at, and what has become of COMPACT orders.
@@ -112,6 +108,8 @@ class Repair:
     def look_at(self, chunk: int) -> None:
         """Something about this chunk has changed."""
         self._fresh[chunk] = None
+        for queue in self._queues.values():
+            queue.wake((chunk,))
 
     def sealed(self, chunk: int, servers: Iterable[int]) -> None:
         """The chunk was sealed here; its replicas are not yet."""
@@ -143,7 +141,7 @@ class Repair:
 
     def survey(self, server: int) -> None:
         """Looks at everything the server has: it has come UP, is LOST, or is being drained."""
-        self._surveys[server] = 0
+        self._tours.survey(server)
 
     def silent(self, server: int) -> None:
         """The server is DOWN or has restarted: its orders are void, and others may do what can be done elsewhere."""
@@ -172,7 +170,7 @@ class Repair:
     def removed(self, server: int) -> None:
         """The server is no member any more."""
         self.strays.forget(server)
-        self._surveys.pop(server, None)
+        self._tours.removed(server)
         self._members.remove(server)
 
     def shift(self, chunk: int, giving: int, taking: int) -> None:
@@ -304,8 +302,9 @@ class Repair:
         """
         for chunk in self.orders.expire(self._clock.seconds):
             self.look_at(chunk)
-        self._walk()
-        await self._go_on_surveying()
+        self._shorten_graces()
+        self._go_on_walking()
+        await self._classify_all(self._tours.surveyed())
         if unknown_may_go:
             self._drop_unknown()
         await self._classify_all(list(islice(self._fresh, LOOK_CHUNKS)))
@@ -318,32 +317,34 @@ class Repair:
             if done % YIELD_EVERY == YIELD_EVERY - 1:
                 await trio.lowlevel.checkpoint()
 
-    @property
-    def _losses_unknown(self) -> bool:
-        """Whether a lost server's chunks have not all been looked at."""
-        return any(is_lost(self._members, server) for server in self._surveys)
-
     async def _work(self) -> None:
-        """Takes some steps from each queue; what cannot be done now goes back into it."""
-        losses_unknown = self._losses_unknown
+        """Takes some steps from each queue; what cannot be done now goes back into it, behind the others."""
+        losses_unknown = self._tours.losses_unknown
+        now = self._clock.seconds
         for group, queue in self._queues.items():
-            waiting: list[tuple[int, Urgency]] = []
+            next_turn = now + len(queue) // WORK_CHUNKS * ROUND_SECONDS
+            waiting: list[tuple[int, Urgency, float]] = []
             try:
                 for done in range(min(WORK_CHUNKS, len(queue))):
-                    item = queue.pop()
+                    item = queue.pop(now)
                     if item is None:
                         break
-                    waiting.append(item)
+                    waiting.append((*item, now))
                     if group is Group.COPIES and losses_unknown and item[1][0] > 1:
                         break
-                    if self._carry_out(item[0]):
-                        waiting.pop()
+                    due = self._carry_out(item[0])
+                    waiting.pop()
+                    if due is not None:
+                        waiting.append((*item, max(due, next_turn)))
                     if done % YIELD_EVERY == YIELD_EVERY - 1:
                         await trio.lowlevel.checkpoint()
             finally:
                 # Also what was refused on a full disk: it would be found again by the walk only.
-                for chunk, urgency in waiting:
-                    queue.put(chunk, urgency)
+                for chunk, urgency, due in waiting:
+                    if due > now:
+                        queue.rest(chunk, urgency, due)
+                    else:
+                        queue.put(chunk, urgency)
 
     def _look(self, chunk: int) -> _Looked:
         (row, replicas), _ = self._committer.read(0, lambda tx: (chunks.find(tx, chunk), chunks.replicas(tx, chunk)))
@@ -351,25 +352,31 @@ class Repair:
 
     def _classify(self, chunk: int) -> None:
         """Queues a chunk that needs something; fewest good copies first."""
-        for queue in self._queues.values():
-            queue.discard(chunk)
-        if chunk in self.orders:
-            return
-        looked = self._look(chunk)
+        needed: Group | None = None
+        if chunk not in self.orders:
+            looked = self._look(chunk)
+            step = self._step_for(chunk, looked)
+            if step is not None:
+                needed = step.kind.group
+                self._queues[needed].put(chunk, good_copies(looked.replicas, self._members))
+        for group, queue in self._queues.items():
+            if group is not needed:
+                queue.discard(chunk)
+
+    def _step_for(self, chunk: int, looked: _Looked) -> Step | None:
+        """What it needs next; what else follows from how it is now is told."""
         if looked.row is None:
             self._forget(chunk)
-            return
+            return None
         if looked.row.state == ChunkState.OPEN:
             self._end_damaged(chunk, looked.row, looked.replicas)
-            return
+            return None
         self.noted(chunk, looked.row)
-        step = self._plan(chunk, looked.row, looked.replicas)
-        if step is not None:
-            self._queues[step.kind.group].put(chunk, good_copies(looked.replicas, self._members))
+        return self._plan(chunk, looked.row, looked.replicas)
 
     def _forget(self, chunk: int) -> None:
         """There is no such chunk any more."""
-        self._dead_since.pop(chunk, None)
+        self._graces.forget(chunk)
         self._shifts.pop(chunk, None)
         self._suspects.pop(chunk, None)
         if chunk not in self.strays:
@@ -386,7 +393,7 @@ class Repair:
 
     def _plan(self, chunk: int, row: Chunk, replicas: list[tuple[int, Replica]]) -> Step | None:
         if row.state == ChunkState.DEAD:
-            self._dead_since.setdefault(chunk, self._clock.seconds)
+            self._graces.died(chunk, footprint(row.length) * len(replicas), self._clock.seconds)
         giving, taking = self._shifts.get(chunk, (0, 0))
         now = self._clock.seconds
         hints = Hints(self._suspects.get(chunk, ()), self.orders.avoid(chunk, now), self.orders.sending, giving)
@@ -398,19 +405,24 @@ class Repair:
                 del self._shifts[chunk]
         return step
 
-    def _carry_out(self, chunk: int) -> bool:
-        """Takes the next step for a chunk; False if it has to wait."""
+    def _carry_out(self, chunk: int) -> float | None:
+        """Takes the next step for a chunk, if there is one. Else when to try again; that may be now, in the next
+        round."""
+        now = self._clock.seconds
         if chunk in self.orders:
-            return True
-        if not self.orders.may_try(chunk, self._clock.seconds):
-            return False
+            return None
+        due = self.orders.due(chunk)
+        if due > now:
+            return due
         looked = self._look(chunk)
         row = looked.row
         step = None if row is None else self._plan(chunk, row, looked.replicas)
         if row is None or step is None:
-            return True
-        if not self._may_take(chunk, row, step):
-            return False
+            return None
+        if row.state == ChunkState.DEAD:
+            due = self._graces.due(chunk, pressing=step.server in self._pressing)
+        if due > now or not self._has_room(step):
+            return max(due, now)
         self._committer.change(0, 0, lambda tx, _: prepare(tx, chunk, row, step), frees=True)
         order = step.kind.order
         if order is None:
@@ -418,57 +430,32 @@ class Repair:
         else:
             log.info("order", order=step.kind.name, chunk=f"{chunk:x}", server=step.server, source=step.source)
             self._issue(order, chunk, row, step)
-        return True
+        return None
 
-    def _may_take(self, chunk: int, row: Chunk, step: Step) -> bool:
-        now = self._clock.seconds
-        if row.state == ChunkState.DEAD and now - self._dead_since[chunk] < self._grace(step.server):
-            return False
+    def _has_room(self, step: Step) -> bool:
+        """Whether its servers may have one more order now."""
         if step.source:
-            return self.orders.room_for_copy(step.server, step.source, now, step.kind)
+            return self.orders.room_for_copy(step.server, step.source, self._clock.seconds, step.kind)
         return step.kind.order is None or self.orders.room_for(step.server, step.kind.order)
 
-    def _grace(self, server: int) -> float:
-        """How long a DEAD chunk is kept there."""
-        grace = self._config.delete_grace_seconds
-        pressing = self._members.is_pressing(server, self._clock.seconds)
-        return min(grace, SHORT_GRACE_SECONDS) if pressing else grace
+    def _shorten_graces(self) -> None:
+        """What is dead need not be kept for as long as it was thought a moment ago."""
+        now, members = self._clock.seconds, self._members.by_id
+        pressing = frozenset(server for server in members if self._members.is_pressing(server, now))
+        deletions = self._queues[Group.DELETIONS]
+        if not pressing <= self._pressing:
+            deletions.wake(self._graces)
+        self._pressing = pressing
+        deletions.wake(self._graces.release(sum(member.occupied for member in members.values()), now))
 
     # -- finding what nobody told ----------------------------------------------------------------------------------
 
-    def _walk(self) -> None:
+    def _go_on_walking(self) -> None:
         """Looks at all chunks again and again, slowly: whatever was missed is found."""
-
-        def page(tx: Transaction) -> list[int]:
-            rows = tx.scan(Table.CHUNKS, chunk_key(self._walked + 1), b"\xff" * 9)
-            return [read_u64(key) for key, _ in islice(rows, WALK_CHUNKS)]
-
-        found, _ = self._committer.read(0, page)
-        self._walked = found[-1] if len(found) == WALK_CHUNKS else 0
-        self._fresh.update(dict.fromkeys(found))
-        if not self._walked:
+        self._fresh.update(dict.fromkeys(self._tours.walked()))
+        if self._tours.at_the_beginning:
             # Chunks that are no more (their last server was removed, for instance) are not remembered.
-            self._fresh.update(dict.fromkeys((*self._dead_since, *self._shifts, *self._suspects)))
-
-    async def _go_on_surveying(self) -> None:
-        """Lost servers first: nothing but that tells what is most urgent."""
-        left = SURVEY_CHUNKS
-        for server in sorted(self._surveys, key=lambda server: not is_lost(self._members, server)):
-            if left <= 0:
-                break
-            position = self._surveys[server]
-
-            def page(tx: Transaction, server: int = server, position: int = position, count: int = left) -> list[int]:
-                rows = tx.scan(Table.BY_SERVER, by_server_key(server, position), by_server_key(server + 1, 0))
-                return [parse_by_server_key(key)[1] for key, _ in islice(rows, count)]
-
-            found, _ = self._committer.read(0, page)
-            if len(found) < left:
-                del self._surveys[server]
-            else:
-                self._surveys[server] = found[-1] + 1
-            left -= len(found)
-            await self._classify_all(found)
+            self._fresh.update(dict.fromkeys((*self._graces, *self._shifts, *self._suspects)))
 
     def _drop_unknown(self) -> None:
         """Has replicas of chunks that nobody knows deleted, after a grace."""
@@ -479,7 +466,7 @@ class Repair:
             if member is None or not member.up or not self.kept_below <= chunk < limit or chunk in self.orders:
                 continue
             # First what costs nothing: a server that was away for long may bring very many back.
-            if not self.orders.room_for(server, OrderKind.DELETE) or not self.orders.may_try(chunk, now):
+            if not self.orders.room_for(server, OrderKind.DELETE) or self.orders.due(chunk) > now:
                 continue
             if self._look(chunk).row is not None:
                 self.strays.discard(chunk, server)

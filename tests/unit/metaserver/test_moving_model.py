@@ -263,10 +263,34 @@ def test_urgency_may_change_while_a_chunk_waits() -> None:
     for chunk, urgency in ((1, 2), (2, 2), (3, 1), (2, 0), (1, 2), (3, 5)):
         queue.put(chunk, urgency)
     assert len(queue) == 3
-    assert [queue.pop() for _ in range(4)] == [(2, 0), (1, 2), (3, 5), None]
+    assert [queue.pop(0.0) for _ in range(4)] == [(2, 0), (1, 2), (3, 5), None]
     queue.put(7, 1)
     queue.discard(7)
-    assert queue.pop() is None
+    assert queue.pop(0.0) is None
+
+
+def test_what_rests_stands_in_nobodys_way() -> None:
+    queue: ChunkQueue[int] = ChunkQueue()
+    for chunk in (1, 2, 3):
+        queue.put(chunk, 1)
+    queue.rest(1, 1, 10.0)
+    queue.rest(2, 1, 20.0)
+    assert len(queue) == 3
+    assert [queue.pop(5.0) for _ in range(2)] == [(3, 1), None]
+    assert [queue.pop(10.0) for _ in range(2)] == [(1, 1), None]
+    queue.wake([1, 2, 3])
+    assert [queue.pop(10.0) for _ in range(2)] == [(2, 1), None]
+    # Looked at again, it rests on; discarded, it is gone, whenever it was to wake.
+    queue.rest(4, 1, 20.0)
+    queue.put(4, 0)
+    assert queue.pop(10.0) is None
+    queue.rest(5, 1, 20.0)
+    queue.discard(5)
+    queue.rest(6, 1, 20.0)
+    queue.rest(6, 1, 40.0)
+    assert [queue.pop(30.0) for _ in range(2)] == [(4, 0), None]
+    assert len(queue) == 1
+    assert queue.pop(40.0) == (6, 1)
 
 
 def test_copies_have_a_rate_at_both_ends() -> None:
@@ -299,10 +323,9 @@ def test_an_order_without_an_answer_is_given_elsewhere() -> None:
     assert orders.expire(200.0) == []
     assert orders.expire(300.0) == [5]
     assert orders.avoid(5, 300.0) == {2}
-    assert orders.may_try(5, 300.0)
+    assert orders.due(5) <= 300.0
     orders.failed(5, (2,), 301.0, elsewhere=True)
-    assert not orders.may_try(5, 302.0)
-    assert orders.may_try(5, 330.0)
+    assert 302.0 < orders.due(5) <= 330.0
     orders.issue(OrderKind.SEAL, 1, 7, 3, None, 0, 330.0)
     assert orders.void_at(3) == [7]
     assert len(orders) == 0

@@ -474,6 +474,57 @@ async def test_what_is_unknown_of_a_removed_server_is_forgotten(
         assert len(metaserver.parts.repair.strays) == 0
 
 
+class OneUnreachable(Obedient):
+    """Nobody gets anything from server 1, whose heartbeats come."""
+
+    def obey(self, server: FakeServer, order: protocol.Order) -> OrderResult:
+        if order.kind == OrderKind.COPY and order.source_server == 1:
+            return OrderResult(order.order, order.epoch, ErrorCode.UNAVAILABLE.name, "cannot connect", None)
+        return super().obey(server, order)
+
+
+async def test_copies_that_fail_again_and_again_do_not_keep_others_from_their_turn(
+    data: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metaserver.repair.WORK_CHUNKS", 4)
+    async with running(
+        data, lost_after_seconds=20.0, session_deadline_seconds=1e6, copies_per_server=1
+    ) as metaserver:  # fmt: skip
+        servers = OneUnreachable([await metaserver.server(number) for number in (1, 2)])
+        mount = await metaserver.mount()
+        for number in range(10):
+            assert sorted(states(metaserver, await written(mount, servers.servers, b"stuck%d" % number))) == [1, 2]
+        servers.servers |= {number: await metaserver.server(number) for number in (3, 4)}
+        made = [await written(mount, servers.servers, b"%d" % number) for number in range(20)]
+        await servers.run(60)
+        others = [chunk for chunk in made if 1 not in states(metaserver, chunk)]
+        assert any(2 in states(metaserver, chunk) for chunk in others)
+        servers.stopped.add(2)
+        await servers.run(200)
+        for chunk in others:
+            good = {server for server, each in states(metaserver, chunk).items() if each is ReplicaState.GOOD}
+            assert len(good - {2}) == 2
+
+
+async def test_what_is_dead_and_kept_takes_up_no_more_than_a_part_of_what_is_stored(
+    data: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the grace is: overwriting at full speed must not fill the disks. The oldest go first."""
+    monkeypatch.setattr("metaserver.grace.MOST_KEPT_BYTES", 500_000)
+    async with running(data, delete_grace_seconds=1e5) as metaserver:
+        mount, servers = await three(metaserver)
+        made = [await written(mount, servers.servers, b"%d" % number) for number in range(12)]
+        await servers.run(8)
+        for number in range(9):
+            await mount.unlink(b"%d" % number)
+            await servers.run(1)
+        await servers.run(10)
+        # Two replicas of a little over 64 KiB each.
+        kept = [chunk for chunk in made if state(metaserver, chunk) is ChunkState.DEAD]
+        assert kept == made[6:9]
+        assert sum(chunk in server.replicas for server in servers.servers.values() for chunk in made) == 2 * (3 + 3)
+
+
 async def test_news_that_there_is_no_space_for_comes_again_and_its_server_stays_up(
     data: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -534,7 +585,7 @@ async def test_chunks_that_wait_for_their_turn_are_not_forgotten_on_a_full_disk(
         servers.stopped.add(1)
         await servers.run(19)
         repair = metaserver.parts.repair
-        monkeypatch.setattr(repair, "_walk", lambda: None)
+        monkeypatch.setattr(repair, "_go_on_walking", lambda: None)
 
         def full(*_: object) -> None:
             raise LogFull
