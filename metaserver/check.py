@@ -1,8 +1,10 @@
 """Whether everything that ``schema.py`` says about the tables is true: names and inodes here, contents and chunks in
-``check_chunks.py``. Reads only; streams, so that it needs a few dozen bytes an inode and can run beside requests.
+``check_chunks.py``, sums in ``check_trees.py``. Reads only; streams, so that it needs a few dozen bytes an inode and
+can run beside requests.
 
 Generators yield a :class:`Problem` for what is wrong, and None now and then so that whoever drives them can do
-something else for a moment. The rows must be one consistent state meanwhile: a ``store.View``, or nobody changes them.
+something else for a moment. The rows must be one consistent state meanwhile, that of a checkpoint (for TREES): a
+``store.View``, or nobody changes them.
 """
 
 import stat
@@ -20,6 +22,7 @@ from metaserver.check_chunks import (
     check_extents,
     rows,
 )
+from metaserver.check_trees import Trees
 from metaserver.protocol import ROOT_INO, SYMLINK_MAX, XATTR_VALUE_MAX, InodeFlags, Problem
 from metaserver.schema import (
     ID_LIMITS,
@@ -65,10 +68,12 @@ def check_steps(tx: Transaction) -> Findings:
     """The whole check, in slices."""
     names = _Names(tx)
     tasks = _Tasks(tx)
+    trees = Trees(tx)
     yield from _readable("TASKS", tasks.load())
     yield from _readable("DENTRIES", names.check())
-    yield from _readable("INODES", _check_inodes(tx, names, tasks))
+    yield from _readable("INODES", _check_inodes(tx, names, tasks, trees))
     yield from names.check_tree()
+    yield from _readable("TREES", trees.check())
     yield from _readable("CHUNKS", check_chunks(tx))
     yield from _readable("BY_CHUNK", check_by_chunk(tx))
     yield from _readable("BY_SERVER", check_by_server(tx))
@@ -207,12 +212,13 @@ class _Names:
                 yield None
 
 
-def _check_inodes(tx: Transaction, names: _Names, tasks: _Tasks) -> Findings:
+def _check_inodes(tx: Transaction, names: _Names, tasks: _Tasks, trees: Trees) -> Findings:
     extents = Joined(tx, Table.EXTENTS)
     xattrs = Joined(tx, Table.XATTRS)
     symlinks = Joined(tx, Table.SYMLINKS)
     orphans = Joined(tx, Table.ORPHANS)
-    joined = (extents, xattrs, symlinks, orphans)
+    links = Joined(tx, Table.LINKS)
+    joined = (extents, xattrs, symlinks, orphans, links)
     if tx.get(Table.INODES, inode_key(ROOT_INO)) is None:
         yield Problem("INODES", str(ROOT_INO), "there is no root directory")
     for count, (key, value) in enumerate(rows(tx, Table.INODES)):
@@ -222,6 +228,7 @@ def _check_inodes(tx: Transaction, names: _Names, tasks: _Tasks) -> Findings:
         if ino == ROOT_INO and not stat.S_ISDIR(inode.mode):
             yield Problem("INODES", str(ino), "the root is not a directory")
         yield from names.check_inode(ino, inode)
+        yield from trees.check_inode(ino, inode, links.group(ino))
         yield from check_extents(tx, ino, inode, extents.group(ino), tasks.truncating.get(ino))
         yield from _check_xattrs(ino, inode, xattrs.group(ino))
         yield from _check_symlink(ino, inode, [target for _, target in symlinks.group(ino)])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import structlog
 import trio
 
+from metaserver import trees
 from metaserver.changelog import LogFull, NoBlocks
 from metaserver.errors import DfsError, ErrorCode, ProcessEnds
 from metaserver.files import Files, is_full
@@ -353,7 +354,7 @@ class Engine:
 
     def _write(self, rows: Any) -> None:
         self.files.step("checkpoint:before-commit")
-        self.store.write(rows)
+        self.store.write(rows, trees.changed)
         self.files.step("checkpoint:after-commit")
 
     async def view(self) -> View:

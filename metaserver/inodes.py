@@ -10,6 +10,7 @@ from metaserver import chunks, extents
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import ROOT_INO, InodeFlags
 from metaserver.schema import (
+    ALL_COUNTED,
     IdKind,
     Inode,
     Table,
@@ -109,7 +110,10 @@ def orphaned(tx: Transaction, ino: int) -> bool:
 
 def make_root(tx: Transaction, now_ns: int) -> None:
     """Creates the root directory in an empty namespace."""
-    save(tx, ROOT_INO, new_inode(stat.S_IFDIR | 0o755, 0, 0, now_ns, nlink=2, parent=ROOT_INO))
+    root = new_inode(stat.S_IFDIR | 0o755, 0, 0, now_ns, nlink=2, parent=ROOT_INO)
+    root.flags = InodeFlags.COUNTED
+    save(tx, ROOT_INO, root)
+    tx.put(Table.COUNTERS, ALL_COUNTED, key_u64(1))
 
 
 def new_inode(

@@ -7,7 +7,7 @@ Errors come in the order in which Linux finds them (fs/namei.c). Permissions are
 import stat
 from collections.abc import Collection
 
-from metaserver import xattrs
+from metaserver import counted, xattrs
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.inodes import (
     Effects,
@@ -130,10 +130,13 @@ def _new(tx: Transaction, now_ns: int, message: Make, directory: Inode) -> Inode
         mode |= stat.S_ISGID if kind == stat.S_IFDIR else 0
     copies = directory.storage_class
     if kind != stat.S_IFDIR:
-        return new_inode(mode, message.uid, gid, now_ns, rdev=rdev, size=len(message.target), copies=copies)
-    _check_links(directory)
-    directory.nlink += 1
-    return new_inode(mode, message.uid, gid, now_ns, nlink=2, parent=message.parent, copies=copies)
+        inode = new_inode(mode, message.uid, gid, now_ns, rdev=rdev, size=len(message.target), copies=copies)
+    else:
+        _check_links(directory)
+        directory.nlink += 1
+        inode = new_inode(mode, message.uid, gid, now_ns, nlink=2, parent=message.parent, copies=copies)
+    counted.born(inode, message.parent, directory.next_cookie)
+    return inode
 
 
 def unlink(
@@ -160,6 +163,7 @@ def unlink(
         directory.nlink -= 1
     inode = require(tx, dentry.ino)
     _remove_entry(tx, parent, name, dentry)
+    _forget_name(tx, inode, parent, dentry)
     leaving = Leaving(dentry.ino, inode, parent, directory, name)
     dropped = drop_name(tx, now_ns, leaving, openers, effects, keep)
     _touch(tx, parent, directory, now_ns)
@@ -184,6 +188,7 @@ def link(tx: Transaction, now_ns: int, message: Link) -> Attributes:
     _check_links(inode)
     inode.nlink += 1
     inode.ctime_ns = now_ns
+    counted.named(tx, message.ino, inode, message.new_parent, directory.next_cookie)
     save(tx, message.ino, inode)
     _add_entry(tx, message.new_parent, directory, message.new_name, message.ino, inode.mode >> 12)
     _touch(tx, message.new_parent, directory, now_ns)
@@ -244,19 +249,21 @@ def _replace(
         _check_links(new_directory)
     _remove_entry(tx, message.parent, message.name, source)
     renamed = Renamed(source.ino, 0, 0)
+    cookie = new_directory.next_cookie if target is None else target.cookie
     if target is None:
         _add_entry(tx, message.new_parent, new_directory, message.new_name, source.ino, source.type)
     else:
         # The name was there all the time: it keeps its place in listings.
         _put_entry(tx, message.new_parent, message.new_name, Dentry(source.ino, target.cookie, source.type))
         gone = require(tx, target.ino)
+        _forget_name(tx, gone, message.new_parent, target)
         leaving = Leaving(target.ino, gone, message.new_parent, new_directory, message.new_name)
         dropped = drop_name(tx, now_ns, leaving, openers, effects, keep)
         renamed = Renamed(source.ino, target.ino, dropped.nlink, dropped.kept)
     if is_directory:
         old_directory.nlink -= 1
         new_directory.nlink += target is None
-        moved.parent = message.new_parent
+    counted.moved(tx, source.ino, moved, (message.parent, source.cookie), (message.new_parent, cookie))
     moved.ctime_ns = now_ns
     save(tx, source.ino, moved)
     _touch_both(tx, now_ns, message, old_directory, new_directory)
@@ -276,11 +283,11 @@ def _exchange(
         return Renamed(source.ino, 0, 0)
     _put_entry(tx, message.parent, message.name, Dentry(target.ino, source.cookie, target.type))
     _put_entry(tx, message.new_parent, message.new_name, Dentry(source.ino, target.cookie, source.type))
-    for dentry, parent in ((source, message.new_parent), (target, message.parent)):
+    old, new = (message.parent, source.cookie), (message.new_parent, target.cookie)
+    for dentry, place in ((source, (old, new)), (target, (new, old))):
         inode = require(tx, dentry.ino)
         inode.ctime_ns = now_ns
-        if dentry.type == _TYPE_DIRECTORY:
-            inode.parent = parent
+        counted.moved(tx, dentry.ino, inode, *place)
         save(tx, dentry.ino, inode)
     change = (source.type == _TYPE_DIRECTORY) - (target.type == _TYPE_DIRECTORY)
     if new_directory is not old_directory:
@@ -329,6 +336,7 @@ def attach(tx: Transaction, now_ns: int, parent: int, name: bytes, ino: int, ino
         _check_links(directory)
         directory.nlink += 1
         inode.parent = parent
+    counted.born(inode, parent, directory.next_cookie)
     inode.ctime_ns = now_ns
     save(tx, ino, inode)
     _add_entry(tx, parent, directory, name, ino, inode.mode >> 12)
@@ -374,6 +382,12 @@ def _put_entry(tx: Transaction, parent: int, name: bytes, dentry: Dentry) -> Non
 def _remove_entry(tx: Transaction, parent: int, name: bytes, dentry: Dentry) -> None:
     tx.delete(Table.DENTRIES, dentry_key(parent, name))
     tx.delete(Table.LISTING, listing_key(parent, dentry.cookie))
+
+
+def _forget_name(tx: Transaction, inode: Inode, parent: int, dentry: Dentry) -> None:
+    """An inode loses this name; if it has others, one of them tells from now on where it counts."""
+    if inode.nlink > 1 and dentry.type != _TYPE_DIRECTORY:
+        counted.unnamed(tx, dentry.ino, inode, parent, dentry.cookie)
 
 
 def _touch(tx: Transaction, ino: int, directory: Inode, now_ns: int) -> None:

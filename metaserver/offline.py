@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+from metaserver import trees
 from metaserver.changelog import epoch_logs, find_firsts, list_segments
 from metaserver.check import check
 from metaserver.protocol import CheckReport
@@ -42,5 +43,7 @@ def _check(directory: Path, store: Store, began: float) -> CheckReport:
     position = stored_position(store)
     layers = Layers(store)
     replay(position, epoch_logs(segments, position), lambda record: layers.overlay.apply(record.rows))
+    # As the next start would write them.
+    layers.overlay.apply(trees.changed(layers.overlay.rows, store.get))
     problems = check(ReadTransaction(layers, 0))
     return CheckReport(count, problems, time.monotonic() - began)

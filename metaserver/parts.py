@@ -23,7 +23,19 @@ from metaserver.planning import Group
 from metaserver.protocol import ROOT_INO
 from metaserver.repair import Repair
 from metaserver.resume import Resuming
-from metaserver.schema import KEPT_CHUNKS, Server, Table, Total, Transaction, inode_key, read_u64, totals_key
+from metaserver.schema import (
+    ALL_COUNTED,
+    KEPT_CHUNKS,
+    Server,
+    Table,
+    Task,
+    TaskKind,
+    Total,
+    Transaction,
+    inode_key,
+    read_u64,
+    totals_key,
+)
 from metaserver.service import Client, Service
 from metaserver.sessions import Sessions
 from metaserver.space import LEAST_LIMIT
@@ -121,11 +133,17 @@ class Parts:
 
 
 def _ensure_root(tx: Transaction, now_ns: int) -> bool:
-    """Whether there was none."""
+    """Whether there was none. What an older store has is to be counted."""
     missing = tx.get(Table.INODES, inode_key(ROOT_INO)) is None
     if missing:
         inodes.make_root(tx, now_ns)
+    elif tx.get(Table.COUNTERS, ALL_COUNTED) is None and not _counting(tx):
+        inodes.add_task(tx, TaskKind.COUNT_TREES, ROOT_INO, inodes.Effects())
     return missing
+
+
+def _counting(tx: Transaction) -> bool:
+    return any(Task.unpack(row).kind is TaskKind.COUNT_TREES for _, row in tx.scan(Table.TASKS, b"", b"\xff" * 9))
 
 
 def _open_chunks_and_orphans(tx: Transaction) -> tuple[list[tuple[int, int, list[int], int]], list[int]]:

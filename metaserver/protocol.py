@@ -64,12 +64,14 @@ class Attributes(Message):
 
 class InodeFlags(IntFlag):
     """HAS_XATTRS unset lets a mount answer ENODATA without asking (the kernel asks before every write). IN_TRASH:
-    deleted, and kept for a while. HAS_TRASH: a directory from which something was deleted that was kept."""
+    deleted, and kept for a while. HAS_TRASH: a directory from which something was deleted that was kept. COUNTED
+    is the metaserver's business (``schema.py``)."""
 
     NONE = 0
     HAS_XATTRS = 1
     IN_TRASH = 2
     HAS_TRASH = 4
+    COUNTED = 8
 
 
 class Extent(Message):

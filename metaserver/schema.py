@@ -14,7 +14,10 @@ INODES     ino u64                        :class:`Inode`. ino 1 is the root and 
                                           nlink is 0 and there is a TRASH row for ``next_cookie`` and ino; a directory
                                           HAS_TRASH if something in the trash was in it (or was once).
                                           storage_class: how many copies of its data are wanted, 0: the cluster's
-                                          default; a new inode has its directory's.
+                                          default; a new inode has its directory's. flags COUNTED: it is part of TREES.
+                                          Of what is COUNTED, no directory and has a name, ``parent`` and
+                                          ``next_cookie`` are the LISTING key of one, in whose directory it counts; the
+                                          others are in LINKS.
 DENTRIES   parent u64, name               :class:`Dentry`: ino, type (S_IFMT bits >> 12), cookie. parent is a
                                           directory; ino exists; its type is the inode's. A directory has exactly
                                           one name, and its ``parent`` field says where.
@@ -52,12 +55,19 @@ COUNTERS   name                           u64 unless said otherwise. ``limit/KIN
                                           this store contains. ``boot``: :class:`Boot`, how that epoch began and
                                           ended. ``survived/`` epoch u64: the last number of an older epoch.
                                           ``kept_chunks``: after a rebuild, unknown chunks below it are not deleted.
+                                          ``counted``: 1 once every inode with a name is COUNTED; before, a COUNT_TREES
+                                          task works on it.
                                           Written by the storage engine alone.
 TOTALS     table u8                       row count u64, XOR of row checksums u32: written only by a checkpoint. One
                                           row per table but TOTALS; none means no rows for tables that came later.
+TREES      ino u64                        :class:`Tree`: what is COUNTED below this directory, itself not included; no
+                                          row if that is nothing. Written only by a checkpoint, which sees old and new
+                                          rows (``trees.py``): exact for the state that the store contains.
 TRASH      expires u64, ino u64           :class:`Trashed`, msgpack: a file, symlink or directory that was deleted, what
                                           is to go first first. expires is in ns since 1970, and also the inode's
                                           ``next_cookie``. A directory is there only if it HAS_TRASH.
+LINKS      ino u64, parent u64,           empty: one row for each name of a COUNTED inode but the one that its row
+           cookie u64                     tells; (parent, cookie) is the name's LISTING key.
 ========== ============================== =====================================================================
 
 Inode 0, chunk 0, session 0 and server 0 mean "none". The top 16 bits of inode and chunk ids are a metadata shard, 0
@@ -94,7 +104,9 @@ class Table(IntEnum):
     TASKS = 15
     COUNTERS = 16
     TOTALS = 17
+    TREES = 18
     TRASH = 20
+    LINKS = 26
 
 
 SCHEMA_VERSION = 1
@@ -139,6 +151,7 @@ TIME = b"time_ns"
 BOOT = b"boot"
 SURVIVED = b"survived/"
 KEPT_CHUNKS = b"kept_chunks"
+ALL_COUNTED = b"counted"
 
 # -- keys ----------------------------------------------------------------------------------------------------------
 
@@ -147,6 +160,7 @@ _U64_U64 = struct.Struct(">QQ")
 _U32 = struct.Struct(">I")
 _U32_U64 = struct.Struct(">IQ")
 _U64_U32 = struct.Struct(">QI")
+_U64_U64_U64 = struct.Struct(">QQQ")
 _BY_CHUNK = struct.Struct(">QIQQ")
 
 key_u64 = _U64.pack
@@ -228,6 +242,10 @@ def trash_key(expires_ns: int, ino: int) -> bytes:
     return _U64_U64.pack(expires_ns, ino)
 
 
+def link_key(ino: int, parent: int, cookie: int) -> bytes:
+    return _U64_U64_U64.pack(ino, parent, cookie)
+
+
 def survived_key(epoch: int) -> bytes:
     return SURVIVED + _U64.pack(epoch)
 
@@ -259,8 +277,8 @@ class PackedRow(msgspec.Struct, gc=False):
 
 
 class Inode(PackedRow):
-    """See INODES. ``parent`` and ``next_cookie`` are for directories, else 0; of what is in the trash
-    ``next_cookie`` is when it expires (a directory that is restored counts on from there). Times in ns, signed."""
+    """See INODES. ``next_cookie`` of a directory is what its next entry gets; of what is in the trash it is when it
+    expires (a directory that is restored counts on from there). Times in ns, signed."""
 
     mode: int
     uid: int
@@ -406,6 +424,17 @@ class Total(PackedRow):
     LAYOUT: ClassVar[struct.Struct] = struct.Struct("<QI")
 
 
+class Tree(PackedRow):
+    """See TREES. ``files``: inodes that are no directories; ``allocated`` and ``size``: sums of theirs."""
+
+    files: int
+    directories: int
+    allocated: int
+    size: int
+
+    LAYOUT: ClassVar[struct.Struct] = struct.Struct("<QQQQ")
+
+
 class Boot(PackedRow):
     """See COUNTERS. ``boot_id`` of the machine's life in which the epoch ran: in another one the page cache, and with
     it the log's tail, may be gone. ``clean``: the epoch was ended on purpose with everything synced. ``lost``: a tail
@@ -485,11 +514,13 @@ class TaskKind(IntEnum):
     EVICT_SESSION = 3
     REMOVE_SERVER = 4
     SET_COPIES = 5
+    COUNT_TREES = 6
 
 
 class Task(PackedMessage):
     """``subject`` is an inode, session or server by kind; ``position`` where to go on. SET_COPIES: ``value`` is the
-    number of copies (0: the default), ``stack`` what is still to be walked (``copies.py``)."""
+    number of copies (0: the default), ``stack`` what is still to be walked (``copies.py``). COUNT_TREES:
+    ``subject`` is the directory and ``position`` the cookie it is at, ``value`` how many names it has seen."""
 
     kind: TaskKind
     subject: int

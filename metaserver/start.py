@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from metaserver import trees
 from metaserver.changelog import (
     Changelog,
     KeptSegment,
@@ -224,7 +225,7 @@ def write_growing(store: Store, rows: Rows) -> None:
     """Writes rows, growing the map as often as needed; for a store that nobody else reads meanwhile."""
     while True:
         try:
-            store.write(rows)
+            store.write(rows, trees.changed)
         except MapFull:
             store.grow()
         else:

@@ -18,7 +18,9 @@ import errno
 import os
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
+from itertools import count as count_from
 from pathlib import Path
 
 import lmdb
@@ -50,6 +52,8 @@ PAUSE_SECONDS = 50e-6
 CATCH_UP_ROWS = 400_000
 # Less than this, and a disk is full.
 ROOM_BYTES = 1 << 20
+# Rows that follow from others: see :meth:`Store.write`.
+Derive = Callable[[Rows, Callable[[bytes], bytes | None]], Rows]
 TABLES = tuple(table for table in Table if table is not Table.TOTALS)
 
 
@@ -74,6 +78,11 @@ class StoreFull(Exception):
 
 class ViewExpired(Exception):
     """The map was moved: what this view showed can be seen again in a new one."""
+
+
+def nothing_derived(rows: Rows, read: Callable[[bytes], bytes | None]) -> Rows:
+    """A :data:`Derive`."""
+    return {}
 
 
 def row_checksum(key: bytes, value: bytes) -> int:
@@ -370,15 +379,17 @@ class Store(Reader):
         """The newest checkpoint, to be read slowly or in a worker thread."""
         return View(self)
 
-    def write(self, rows: Rows) -> None:
-        """Writes rows and tombstones and the new TOTALS in one transaction, synced when this returns.
+    def write(self, rows: Rows, derive: Derive = nothing_derived) -> None:
+        """Writes rows and tombstones, what follows from them, and the new TOTALS in one transaction, synced when this
+        returns. ``derive`` gets the rows and a function that reads what is there before, by row key.
 
         Runs in one worker thread from begin to commit. Nothing has changed if it raises: :class:`MapFull`,
         :class:`StoreFull`, :class:`CorruptStore`, or ``OSError`` when the disk fails.
         """
         try:
             with self.environment.begin(write=True) as transaction:
-                self._write_rows(transaction, rows)
+                derived = derive(rows, self._paused_reads(transaction, len(rows)))
+                self._write_rows(transaction, rows, derived)
         except lmdb.MapFullError as error:
             raise MapFull from error
         except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError) as error:
@@ -388,12 +399,25 @@ class Store(Reader):
         if self._known is not None:
             self._known.note()
 
-    def _write_rows(self, transaction: "lmdb.Transaction[bytes]", rows: Rows) -> None:
+    def _paused_reads(self, transaction: "lmdb.Transaction[bytes]", count: int) -> Callable[[bytes], bytes | None]:
+        """Reads of what is there before ``count`` rows are written, with the same pauses as the writing."""
+        reads = count_from(1)
+        pauses = count < CATCH_UP_ROWS
+
+        def read(key: bytes) -> bytes | None:
+            if pauses and next(reads) % PAUSE_ROWS == 0:
+                time.sleep(PAUSE_SECONDS)
+            data = transaction.get(key)
+            return None if data is None else self._verified(key, data)
+
+        return read
+
+    def _write_rows(self, transaction: "lmdb.Transaction[bytes]", rows: Rows, derived: Rows) -> None:
         counts = [0] * len(PREFIX)
         checksums = [0] * len(PREFIX)
         replace, pop, pack = transaction.replace, transaction.pop, _CRC.pack
         pauses = len(rows) < CATCH_UP_ROWS
-        for position, (key, value) in enumerate(rows.items(), 1):
+        for position, (key, value) in enumerate(chain(rows.items(), derived.items()), 1):
             if pauses and position % PAUSE_ROWS == 0:
                 time.sleep(PAUSE_SECONDS)
             table = key[0]

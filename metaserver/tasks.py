@@ -1,5 +1,5 @@
 """Work that continues in steps (TASKS rows): large removals and truncates, the end of a session or a server, and
-another number of copies for a tree.
+another number of copies for a tree; and the counting of what a store from before TREES has.
 
 Each step is one change, so that it survives a crash where it is; between steps others have their turn.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import structlog
 import trio
 
-from metaserver import contents, copies, inodes, removal, sessions
+from metaserver import contents, copies, counted, inodes, removal, sessions
 from metaserver.commit import Committer
 from metaserver.config import Config
 from metaserver.errors import DfsError
@@ -20,6 +20,8 @@ from metaserver.schema import Inode, Table, Task, TaskKind, Transaction, inode_k
 log = structlog.get_logger(__name__)
 
 RETRY_SECONDS = 1.0
+# Between two lines in the log about the counting of an older store.
+COUNTED_NAMES = 50_000
 
 
 class Tasks:
@@ -140,6 +142,10 @@ class Tasks:
                 done = step.done
             case TaskKind.SET_COPIES:
                 return copies.set_copies_step(tx, task, self._config.copies, effects)
+            case TaskKind.COUNT_TREES:
+                going_on = counted.count_step(tx, task)
+                self._tell_progress(task, going_on)
+                return going_on
             case TaskKind.REMOVE_SERVER:
                 done = removal.remove_step(tx, task.subject, effects)
             case TaskKind.TRUNCATE:
@@ -148,3 +154,10 @@ class Tasks:
                 row = tx.get(Table.INODES, inode_key(task.subject))
                 done = row is None or inodes.remove_step(tx, task.subject, Inode.unpack(row), effects)
         return None if done else task
+
+    @staticmethod
+    def _tell_progress(task: Task, going_on: Task | None) -> None:
+        if going_on is None:
+            log.info("all files are counted: sums of trees are exact from now on", names=task.value)
+        elif not task.value or going_on.value // COUNTED_NAMES > task.value // COUNTED_NAMES:
+            log.info("counting the files of an older store", names=going_on.value)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 from sortedcontainers import SortedDict
 
+from metaserver import trees
+from metaserver.overlay import row_key
 from metaserver.protocol import ChunkState
 from metaserver.schema import (
     Chunk,
@@ -55,6 +57,13 @@ class MemoryRows:
             other.tables[table] = SortedDict(rows)
         other.next_ids = dict(self.next_ids)
         return other
+
+    def sum_trees(self) -> None:
+        """TREES as a checkpoint would have written it."""
+        self.tables[Table.TREES].clear()
+        rows = {row_key(Table.INODES, key): value for key, value in self.tables[Table.INODES].items()}
+        sums = trees.changed(rows, lambda _: None)
+        self.tables[Table.TREES].update({key[1:]: value for key, value in sums.items() if value is not None})
 
     # -- invariants ----------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from memory_rows import MemoryRows
 
 from metaserver import inodes, namespace
 from metaserver.check import check
-from metaserver.protocol import ChunkState, Make, ReplicaState
+from metaserver.protocol import ChunkState, InodeFlags, Make, ReplicaState
 from metaserver.schema import (
     ID_LIMITS,
     Chunk,
@@ -24,6 +24,7 @@ from metaserver.schema import (
     Task,
     TaskKind,
     Trashed,
+    Tree,
     answer_key,
     by_chunk_key,
     by_server_key,
@@ -32,6 +33,7 @@ from metaserver.schema import (
     extent_key,
     inode_key,
     key_u64,
+    link_key,
     listing_key,
     orphan_key,
     replica_key,
@@ -69,7 +71,7 @@ def sample() -> MemoryRows:
     _extent(tx, DATA, 0, ExtentRow(4096, CHUNK, 4096))
     _extent(tx, DATA, 8192, ExtentRow(4096, CHUNK, 0))
     tx.put(Table.XATTRS, xattr_key(DATA, b"user.a"), b"value")
-    change_inode(tx, DATA, size=12288, allocated=8192, flags=1)
+    change_inode(tx, DATA, size=12288, allocated=8192, flags=InodeFlags.HAS_XATTRS | InodeFlags.COUNTED)
     drop_name(tx, 1, b"orphan")
     change_inode(tx, ORPHAN, nlink=0)
     tx.put(Table.ORPHANS, orphan_key(ORPHAN, 1), b"")
@@ -78,6 +80,7 @@ def sample() -> MemoryRows:
     tx.put(Table.TRASH, trash_key(EXPIRES, TRASHED), Trashed(SUB, b"trashed", 2, 0, False).pack())
     for kind in IdKind:
         tx.put(Table.COUNTERS, ID_LIMITS[kind], key_u64(100))
+    tx.sum_trees()
     return tx
 
 
@@ -266,6 +269,23 @@ BROKEN: dict[str, tuple[Callable[[MemoryRows], object], str, str]] = {
         "COUNTERS",
         "the limit is 6",
     ),
+    "not counted": (lambda tx: change_inode(tx, LINK, flags=0), "INODES", "is not counted"),
+    "counted elsewhere": (lambda tx: change_inode(tx, LINK, parent=SUB, next_cookie=1), "LINKS", "is not"),
+    "a link too many": (lambda tx: tx.put(Table.LINKS, link_key(DATA, 1, 2), b""), "LINKS", "is said to be entry 2"),
+    "link to nothing": (lambda tx: tx.put(Table.LINKS, link_key(77, 1, 2), b""), "LINKS", "no such inode"),
+    "link of an orphan": (lambda tx: tx.put(Table.LINKS, link_key(ORPHAN, 1, 3), b""), "LINKS", "without a name"),
+    "a link too few": (lambda tx: change_inode(tx, LINK, nlink=2), "LINKS", "0 rows for an inode with nlink 2"),
+    "wrong sum": (
+        lambda tx: tx.put(Table.TREES, inode_key(SUB), Tree(1, 0, 8191, 12288).pack()),
+        "TREES",
+        "there is [1, 0, 8192, 12288]",
+    ),
+    "no sum": (lambda tx: tx.delete(Table.TREES, inode_key(1)), "TREES", "there is no row"),
+    "sum of nothing": (
+        lambda tx: tx.put(Table.TREES, inode_key(LINK), Tree(1, 0, 0, 0).pack()),
+        "TREES",
+        "there is None",
+    ),
     "short row": (lambda tx: tx.put(Table.INODES, inode_key(DATA), b"x"), "DENTRIES", "wrong format"),
     "task that is no message": (lambda tx: tx.put(Table.TASKS, key_u64(1), b"\xc1"), "TASKS", "wrong format"),
 }
@@ -287,6 +307,7 @@ def test_a_broken_invariant_is_found(name: str) -> None:
 def test_a_tail_that_a_task_will_cut_may_pass_the_size() -> None:
     tx = sample()
     change_inode(tx, DATA, size=5000)
+    tx.sum_trees()
     assert check(tx)
     tx.put(Table.TASKS, key_u64(1), Task(TaskKind.TRUNCATE, DATA, 5000).pack())
     assert check(tx) == []

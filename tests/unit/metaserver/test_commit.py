@@ -469,10 +469,10 @@ async def test_a_checkpoint_on_a_full_disk_loses_nothing(tmp_path: Path, monkeyp
         full = True
         real = committer.store.write
 
-        def write(rows: Any) -> None:
+        def write(rows: Any, *derive: Any) -> None:
             if full:
                 raise store.StoreFull
-            real(rows)
+            real(rows, *derive)
 
         monkeypatch.setattr(committer.store, "write", write)
         create(committer, b"a")

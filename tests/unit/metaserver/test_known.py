@@ -46,7 +46,7 @@ def without_zeroes(checksums: list[int]) -> dict[int, int]:
 
 
 def many_rows(count: int, value: bytes = b"x" * 100) -> dict[bytes, bytes | None]:
-    return {row_key(Table.INODES, b"%08d" % number): value for number in range(count)}
+    return {row_key(Table.XATTRS, b"%08d" % number): value for number in range(count)}
 
 
 @given(st.lists(st.lists(st.dictionaries(KEYS, VALUES, max_size=80), max_size=5), max_size=3))
@@ -150,7 +150,7 @@ def test_bounds_of_an_unknown_branch_are_looked_at(tmp_path: Path) -> None:
         if data[page * PAGE_BYTES + 10] == 1 and data[page * PAGE_BYTES] == page % 256 and remembered(path)[page - 2]
     )
     page = data[root * PAGE_BYTES : (root + 1) * PAGE_BYTES]
-    at = root * PAGE_BYTES + page.rfind(row_key(Table.INODES, b"0000")) + 8
+    at = root * PAGE_BYTES + page.rfind(row_key(Table.XATTRS, b"0000")) + 8
     data[at] += 1
     path.write_bytes(data)
     with pytest.raises(DamagedPage, match=r"has keys of another page|is not in order"):

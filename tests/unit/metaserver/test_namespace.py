@@ -19,6 +19,7 @@ from metaserver.inodes import Effects
 from metaserver.protocol import (
     LINK_MAX,
     DirectoryPage,
+    InodeFlags,
     Link,
     Make,
     ReadDirectory,
@@ -431,7 +432,7 @@ def test_pages_are_bounded_and_odd_cookies_harmless(tx: MemoryRows) -> None:
 def test_xattrs(tx: MemoryRows) -> None:
     file = make(tx, b"f", now=1)
     xattrs.set_value(tx, 5, SetXattr(file, b"user.a", b"1", XattrFlags.CREATE))
-    assert (get(tx, file).flags, get(tx, file).ctime_ns) == (1, 5)
+    assert (get(tx, file).flags, get(tx, file).ctime_ns) == (InodeFlags.HAS_XATTRS | InodeFlags.COUNTED, 5)
     assert code_of(xattrs.set_value, tx, 6, SetXattr(file, b"user.a", b"2", XattrFlags.CREATE)) is ErrorCode.EXISTS
     xattrs.set_value(tx, 6, SetXattr(file, b"user.a", b"", XattrFlags.REPLACE))
     assert xattrs.get(tx, file, b"user.a") == b""
@@ -442,9 +443,9 @@ def test_xattrs(tx: MemoryRows) -> None:
     xattrs.remove(tx, 7, file, b"user.a")
     assert code_of(xattrs.remove, tx, 7, file, b"user.a") is ErrorCode.NO_ATTRIBUTE
     assert code_of(xattrs.get, tx, file, b"user.a") is ErrorCode.NO_ATTRIBUTE
-    assert get(tx, file).flags == 1
+    assert get(tx, file).flags == InodeFlags.HAS_XATTRS | InodeFlags.COUNTED
     xattrs.remove(tx, 8, file, b"user.b")
-    assert (get(tx, file).flags, get(tx, file).ctime_ns) == (0, 8)
+    assert (get(tx, file).flags, get(tx, file).ctime_ns) == (InodeFlags.COUNTED, 8)
 
 
 def test_limits_of_xattrs(tx: MemoryRows) -> None:

@@ -44,7 +44,7 @@ def test_whatever_was_written_is_whole(tmp_path: Path, batches: list[dict[bytes,
 
 
 def test_many_rows(tmp_path: Path) -> None:
-    rows = {row_key(Table.INODES, b"%08d" % number): b"x" * 100 for number in range(20_000)}
+    rows = {row_key(Table.XATTRS, b"%08d" % number): b"x" * 100 for number in range(20_000)}
     fill(tmp_path / "data.mdb", [rows, dict.fromkeys(list(rows)[::3])])
     assert check_pages(tmp_path / "data.mdb").whole
     assert not check_pages(tmp_path / "data.mdb", seconds=0).whole, "there was no time"
@@ -52,7 +52,7 @@ def test_many_rows(tmp_path: Path) -> None:
 
 def test_a_sector_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "data.mdb"
-    fill(path, [{row_key(Table.INODES, b"%08d" % number): b"x" * 100 for number in range(2000)}])
+    fill(path, [{row_key(Table.XATTRS, b"%08d" % number): b"x" * 100 for number in range(2000)}])
     real = os.pread
 
     def pread(descriptor: int, length: int, offset: int) -> bytes:
@@ -68,7 +68,7 @@ def test_a_sector_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_list_of_free_pages_with_a_page_in_use(tmp_path: Path) -> None:
     """LMDB would write over it."""
     path = tmp_path / "data.mdb"
-    rows = {row_key(Table.INODES, b"%08d" % number): b"x" * 100 for number in range(2000)}
+    rows = {row_key(Table.XATTRS, b"%08d" % number): b"x" * 100 for number in range(2000)}
     fill(path, [rows, dict.fromkeys(list(rows)[::2]), {row_key(Table.TASKS, b"1"): b""}])
     data = path.read_bytes()
     with pytest.raises(DamagedPage, match="does not exist or is used twice"):
@@ -102,7 +102,7 @@ def test_a_changelog_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_row_that_is_looked_for_on_the_wrong_page(tmp_path: Path) -> None:
     """A separator of a branch page is changed under a running metaserver: what lies beyond is not "not there"."""
     path = tmp_path / "data.mdb"
-    rows = {row_key(Table.INODES, b"%08d" % number): b"x" * 100 for number in range(2000)}
+    rows = {row_key(Table.XATTRS, b"%08d" % number): b"x" * 100 for number in range(2000)}
     fill(path, [rows])
     data = bytearray(path.read_bytes())
     root = next(
@@ -111,7 +111,7 @@ def test_a_row_that_is_looked_for_on_the_wrong_page(tmp_path: Path) -> None:
         if data[page * PAGE_BYTES + 10] == 1 and any(data[page * PAGE_BYTES :])
     )
     page = data[root * PAGE_BYTES : (root + 1) * PAGE_BYTES]
-    at = root * PAGE_BYTES + page.rfind(row_key(Table.INODES, b"0000"))
+    at = root * PAGE_BYTES + page.rfind(row_key(Table.XATTRS, b"0000"))
     data[at + 5 : at + 9] = b"9999"
     path.write_bytes(data)
     with pytest.raises(CorruptStore):

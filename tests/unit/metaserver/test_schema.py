@@ -22,6 +22,7 @@ from metaserver.schema import (
     TaskKind,
     Total,
     Trashed,
+    Tree,
 )
 
 ROWS: dict[str, PackedRow | Listed | PackedMessage] = {
@@ -33,6 +34,7 @@ ROWS: dict[str, PackedRow | Listed | PackedMessage] = {
     "rows_extent.bin": ExtentRow(1 << 33, 1 << 41, 1 << 25),
     "rows_chunk.bin": Chunk(2, 1, 3, 2, 1 << 26, 1000, 0xDEADBEEF, 1 << 25, 5, 10**18, 6),
     "rows_replica.bin": Replica(1, 0, 1 << 26, 1000, 0xDEADBEEF),
+    "rows_tree.bin": Tree(1 << 33, 1 << 34, 1 << 50, 1 << 51),
     "rows_total.bin": Total(1 << 33, 0xDEADBEEF),
     "rows_boot.bin": Boot(bytes(range(16)), True, False),
     "rows_server.bin": Server("disk1", "host", 7000, 7001, "rack", ["ssd"], "/data", 1 << 40, True, "host:2049", True),
@@ -57,6 +59,7 @@ KEYS = {
     "answer": schema.answer_key(1, 2),
     "orphan": schema.orphan_key(1, 2),
     "trash": schema.trash_key(10**18, 5),
+    "link": schema.link_key(1, 2, 3),
     "survived": schema.survived_key(3),
     "totals": schema.totals_key(4),
 }
