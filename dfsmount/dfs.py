@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dfsmount import dfs_completion, dfs_gateway, dfs_host, dfs_manage
+from dfsmount import dfs_completion, dfs_gateway, dfs_host, dfs_manage, dfs_member
 from dfsmount.dfs_options import AsJson, Data, KeyFile, Metaserver, Servers, end, find, print_json, say
 
 app = typer.Typer(
@@ -58,7 +58,8 @@ def down(
 ) -> None:
     """Unmount, and stop a cluster of `dfs up`.
 
-    What is dirty is written back first. The data stays: `dfs up` brings it back.
+    What is dirty is written back first. The data stays: `dfs up` brings it back. With the directory of a server that
+    `dfs join` started, that server is stopped.
 
     \b
     Example:
@@ -68,6 +69,8 @@ def down(
     from dfsmount import dfs_down, dfs_find
     from dfsmount.dfs_layout import Problem
 
+    if data and dfs_down.joined(Path(data).absolute(), say):
+        return
     access = dfs_find.find(dfs_find.Choice(data))
     if access.data is None:
         raise Problem("this cluster was not started by `dfs up`: stop its services with systemctl")
@@ -200,6 +203,7 @@ def scrub(
 
 dfs_manage.add_to(app)
 dfs_gateway.add_to(app)
+dfs_member.add_to(app)
 dfs_host.add_to(app)
 
 

@@ -15,6 +15,8 @@ from metaserver.protocol import (
     CopiesStatus,
     Draining,
     FileStatus,
+    JoinTokenStatus,
+    MakeJoinToken,
     MissingFile,
     Planned,
     Rebalance,
@@ -110,6 +112,15 @@ class Api:
 
     def set_copies(self, ino: int, copies: int) -> CopiesStatus:
         return self._post(f"/v1/copies/{ino}", SetCopies(copies), CopiesStatus)
+
+    def join_tokens(self) -> list[JoinTokenStatus]:
+        return self._get("/v1/join-tokens", list[JoinTokenStatus])
+
+    def make_join_token(self, seconds: float, *, once: bool) -> JoinTokenStatus:
+        return self._post("/v1/join-tokens", MakeJoinToken(seconds, once), JoinTokenStatus)
+
+    def revoke_join_token(self, token_id: str) -> JoinTokenStatus:
+        return self._ask("DELETE", f"/v1/join-tokens/{quote(token_id, safe='')}", JoinTokenStatus)
 
     def check(self) -> CheckReport:
         return self._get("/v1/check", CheckReport, CHECK_SECONDS)

@@ -3,13 +3,25 @@
 import signal
 from pathlib import Path
 
-from dfsmount import dfs_find, dfs_mounts, dfs_processes
+from dfsmount import dfs_find, dfs_homes, dfs_mounts, dfs_processes
 from dfsmount.dfs_layout import Cluster, Layout, Problem
 from dfsmount.dfs_services import Say, locked, mount, services
 
 # An unmount writes back what is dirty.
 UNMOUNT_SECONDS = 300.0
 SERVER_STOP_SECONDS = 60.0
+
+
+def joined(top: Path, say: Say) -> bool:
+    """Stops the server of `dfs join` in that directory; whether it is one of those."""
+    home = dfs_homes.Background(top)
+    if Layout(top).cluster_file.exists() or not home.config.exists():
+        return False
+    if home.stop(say):
+        say(f"Stopped. The data is kept; `dfs join --data {top}` starts it again.")
+    else:
+        say(f"The server in {top} was not running.")
+    return True
 
 
 def down(data: Path, say: Say, *, force: bool = False) -> bool:

@@ -116,8 +116,8 @@ class Layout:
         write_toml(self.cluster_file, "Written by the first `dfs up`.", msgspec.to_builtins(cluster))
 
 
-def write_toml(path: Path, comment: str, values: Mapping[str, str | int]) -> None:
-    """Replaces ``path`` at once; strings and whole numbers are enough here."""
+def write_toml(path: Path, comment: str, values: Mapping[str, str | int | list[str]]) -> None:
+    """Replaces ``path`` at once; strings, lists of them and whole numbers are enough here."""
     lines = [f"# {comment}", *(f"{key} = {toml_value(value)}" for key, value in values.items())]
     temporary = path.with_name(path.name + ".new")
     try:
@@ -127,8 +127,8 @@ def write_toml(path: Path, comment: str, values: Mapping[str, str | int]) -> Non
         raise Problem(f"cannot write {path}: {error.strerror}") from None
 
 
-def toml_value(value: str | int) -> str:
-    """A TOML literal. A JSON string is a TOML basic string: both escape in the same way."""
+def toml_value(value: str | int | list[str]) -> str:
+    """A TOML literal. A JSON string is a TOML basic string: both escape in the same way; and lists look the same."""
     return msgspec.json.encode(value).decode()
 
 

@@ -159,6 +159,12 @@ def require_units(source: Path) -> None:
         raise Problem(f"{source} has no directory systemd: install-units runs from a checkout (pip install --editable)")
 
 
+def install_here(pages: Mapping[str, str]) -> tuple[Installed, list[str]]:
+    """All of it on this host, for the programs of this installation; and what could not be done."""
+    require_units(CHECKOUT)
+    return install(plan(CHECKOUT, str(own_programs()), pages), Path("/")), settle(Path("/"))
+
+
 def settle(root: Path) -> list[str]:
     """Makes users and directories, and has systemd read its units again; returns what could not be done."""
     below = [] if root == Path("/") else [f"--root={root}"]

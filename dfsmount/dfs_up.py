@@ -125,6 +125,18 @@ def wait_for(started: Started, ready: Callable[[], bool], what: str, seconds: fl
         time.sleep(POLL_SECONDS)
 
 
+def wait_until(ready: Callable[[], bool], why_ended: Callable[[], str], late: str, seconds: float) -> None:
+    """Waits until ``ready``; :class:`Problem` if ``why_ended`` says anything, or with ``late`` if it takes too long."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        reason = why_ended()
+        if reason:
+            raise Problem(reason)
+        if time.monotonic() > deadline:
+            raise Problem(late)
+        time.sleep(POLL_SECONDS)
+
+
 def wait_registered(layout: Layout, cluster: Cluster) -> None:
     """Waits until every chunkserver is up in the metaserver's eyes."""
     deadline = time.monotonic() + START_SECONDS

@@ -20,6 +20,8 @@ from metaserver.control import Control
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.history import History
 from metaserver.httpserver import json_reply, protected, read_json
+from metaserver.joins import OPEN_PATH, Joins
+from metaserver.joins import routes as join_routes
 from metaserver.key import ClusterKey
 from metaserver.page import Page
 from metaserver.planning import Group
@@ -112,8 +114,9 @@ def make_app(
     admin: Admin,
     history: History,
     key: ClusterKey | None,
+    joins: Joins | None = None,
 ) -> Starlette:
-    """The application; every path but ``/health`` needs the token of ``key``."""
+    """The application; every path but ``/health`` and, with ``joins``, their exchange needs the token of ``key``."""
     registry = CollectorRegistry()
     page = Page()
     registry.register(ServiceMetrics(service, status))
@@ -179,11 +182,12 @@ def make_app(
         Route("/v1/check", show_check),
         Route("/v1/snapshot", make_snapshot, methods=["POST"]),
         *admin_routes(admin),
+        *(join_routes(joins) if joins is not None else ()),
         Route("/servers", servers),
         Route("/health", health),
         Route("/metrics", metrics),
     ]
-    return protected(routes, key)
+    return protected(routes, key, ("/health", OPEN_PATH))
 
 
 @contextmanager

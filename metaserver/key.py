@@ -53,6 +53,14 @@ class ClusterKey:
         """What its file contains. For that file only."""
         return self._secret.hex() + "\n"
 
+    def derive(self, purpose: bytes) -> bytes:
+        """A secret for one purpose, from which nothing about the key follows."""
+        return hmac.digest(self._secret, purpose, hashlib.sha256)
+
+    def secret_for_sealing(self) -> bytes:
+        """The key itself, for an answer that only a host with a join token can open."""
+        return self._secret
+
     @property
     def http_token(self) -> str:
         """The bearer token of the control plane."""

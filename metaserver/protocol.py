@@ -7,6 +7,7 @@ Changes carry an operation number in their envelope (see ``wire.Request``) and h
 """
 
 from enum import IntEnum, IntFlag
+from typing import Annotated
 
 import msgspec
 
@@ -1081,3 +1082,39 @@ class CheckReport(Json):
     rows: int
     problems: list[Problem]
     seconds: float
+
+
+# What a join token may be valid for.
+LONGEST_JOIN_SECONDS = 7 * 86400.0
+
+
+class MakeJoinToken(Json):
+    """``once``: for one host only."""
+
+    seconds: Annotated[float, msgspec.Meta(gt=0, le=LONGEST_JOIN_SECONDS)] = 3600.0
+    once: bool = False
+
+
+class JoinTokenStatus(Json):
+    """A token as the metaserver remembers it, without its secret (``joining.py``). ``id`` is hexadecimal; ``hosts``
+    those that have got the key by it."""
+
+    id: str
+    cluster_id: str
+    expires_ns: int
+    once: bool
+    hosts: list[str] = []
+
+
+class JoinRequest(Json):
+    """What a new host sends: see ``joining.py``. Bytes are base64 in JSON."""
+
+    id: Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
+    public: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    name: Annotated[str, msgspec.Meta(max_length=255)]
+    proof: Annotated[bytes, msgspec.Meta(max_length=64)]
+
+
+class JoinReply(Json):
+    public: bytes
+    sealed: bytes

@@ -25,6 +25,7 @@ from metaserver.config import Config, ConfigError
 from metaserver.connection import accept_handshake
 from metaserver.errors import ConnectionLost, DfsError
 from metaserver.http import make_app
+from metaserver.joins import Joins
 from metaserver.key import ClusterKey, load_or_create_key
 from metaserver.parts import Parts
 from metaserver.protocol import ROLE
@@ -143,7 +144,8 @@ class _Acceptor:
 
 
 async def _start_http(nursery: trio.Nursery, config: Config, key: ClusterKey, parts: Parts) -> int:
-    app = make_app(parts.service, parts.control, parts.status, parts.admin, parts.history, key)
+    joins = Joins(config.data_path, key, parts.cluster_id)
+    app = make_app(parts.service, parts.control, parts.status, parts.admin, parts.history, key, joins)
     try:
         bound: int = await nursery.start(httpserver.run_http, app, config.http_host, config.http_port)
     except OSError as error:

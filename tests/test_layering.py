@@ -17,6 +17,7 @@ METASERVER_PUBLISHED = {
     f"metaserver.{name}"
     for name in (
         "errors",
+        "joining",
         "key",
         "wire",
         "transport",
@@ -48,6 +49,7 @@ DOORS = {
     "lmdb": {"metaserver/store.py"},
     "pyfuse3": {"dfsmount/mount.py", "dfsmount/operations.py"},
     "hypercorn": {"metaserver/httpserver.py"},
+    "cryptography": {"metaserver/joining.py"},
 }
 # Beside these, command lines: each package's cli.py, and the modules of the `dfs` command.
 HTTPX_DOORS = {"metaserver/client.py", "chunkserver/client.py", "dfsmount/client.py"}
