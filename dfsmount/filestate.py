@@ -15,7 +15,7 @@ from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import FILE_SIZE_MAX, Attributes, Entry, Extent, FileMap
 
 
-def _nobody() -> None:
+def _nobody(_: DfsError) -> None:
     """Nobody wants to know."""
 
 
@@ -31,7 +31,7 @@ class FileState:
     Invariant: ``extents`` describes the contents at ``data_version`` of ``attributes``, where it is known at all.
     """
 
-    def __init__(self, entry: Entry, on_loss: Callable[[], None] = _nobody) -> None:
+    def __init__(self, entry: Entry, on_loss: Callable[[DfsError], None] = _nobody) -> None:
         self.attributes: Attributes = entry.attributes
         self.ino = entry.attributes.ino
         self.size = self.mtime_ns = self.ctime_ns = 0
@@ -228,7 +228,7 @@ class FileState:
         """Written bytes are lost because of ``error``."""
         self.error = error
         self.error_count += 1
-        self._on_loss()
+        self._on_loss(error)
 
     def error_since(self, count: int) -> DfsError | None:
         """The error of a handle that has reported ``count`` failures; the handle then remembers ``error_count``."""

@@ -45,12 +45,16 @@ def parse(arguments: Sequence[str]) -> Request:
     return Request(directories[0], tuple(f"-{letter}" for letter in letters), bool({"f", "l"} & set(letters)))
 
 
+# What a mount answers that could not write everything: servers that are away or damaged, full disks, quotas.
+LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+
+
 def flush(directory: str) -> str:
     """Makes the mount write everything; "", or why that did not work. A dead mount has nothing left to write."""
     try:
         os.getxattr(directory, FLUSH_XATTR)
     except OSError as error:
-        return f"{error.strerror}; its log tells more" if error.errno == errno.EIO else ""
+        return f"{error.strerror}; its log tells more" if error.errno in LOST else ""
     return ""
 
 

@@ -133,14 +133,14 @@ class Vfs:
         await core.remote.sync(core.handles.directory(number).losses if number is not None else None)
 
     async def write_everything(self) -> None:
-        """Returns when all that was done here is durable; raises IO if some of it is lost."""
+        """Returns when all that was done here is durable; raises why if some of it is lost."""
         core = self.core
         losses = core.losses
         await core.deferred.settle_all()
         await core.writer.flush_all()
         await core.remote.sync()
-        if core.losses > losses:
-            raise DfsError(ErrorCode.IO, "some of what was written is lost")
+        if core.losses > losses and core.last_loss is not None:
+            raise DfsError(core.last_loss.code, f"some of what was written is lost: {core.last_loss.text}")
 
     async def finish(self) -> None:
         """Unmounting: everything written is committed and durable, everything opened deregistered."""

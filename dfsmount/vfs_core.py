@@ -100,8 +100,9 @@ class Core:
             files=atimes,
             directories=atimes and not options.nodiratime,
         )
-        # How often written bytes were lost.
+        # How often written bytes were lost, and why the last time.
         self.losses = 0
+        self.last_loss: DfsError | None = None
         self._doubted_contents: set[int] = set()
         self._doubts = trio.Event()
 
@@ -266,9 +267,10 @@ class Core:
         if lost is not None:
             raise lost
 
-    def note_loss(self, ino: int) -> None:
-        """Written bytes are lost: the kernel must not go on showing what will never be stored."""
+    def note_loss(self, ino: int, error: DfsError) -> None:
+        """Written bytes are lost because of ``error``: the kernel must not go on showing what will never be stored."""
         self.losses += 1
+        self.last_loss = error
         inode = self.inodes.get(ino)
         if inode is not None:
             inode.kernel_version = -1

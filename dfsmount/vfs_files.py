@@ -2,6 +2,7 @@
 
 import os
 import stat
+from functools import partial
 
 import msgspec
 import structlog
@@ -118,7 +119,7 @@ class Files:
     def _register(self, inode: Inode, entry: Entry, writing: bool) -> OpenFile:
         """The open file, pinned."""
         core = self._core
-        file = core.files.add(inode, lambda: FileState(entry, lambda: core.note_loss(inode.ino)))
+        file = core.files.add(inode, lambda: FileState(entry, partial(core.note_loss, inode.ino)))
         core.files.pin(file)
         file.writing = file.writing or writing
         return file

@@ -248,7 +248,10 @@ def test_the_helper_does_not_call_itself(monkeypatch: pytest.MonkeyPatch) -> Non
     assert umountcli.command(request)[1:] == ["-u", "-z", "/m"]
 
 
-@pytest.mark.parametrize(("number", "problem"), [(errno.EIO, True), (errno.ENOTCONN, False), (errno.ENODATA, False)])
+@pytest.mark.parametrize(
+    ("number", "problem"),
+    [(errno.EIO, True), (errno.ENOSPC, True), (errno.EDQUOT, True), (errno.ENOTCONN, False), (errno.ENODATA, False)],
+)
 def test_only_a_failed_flush_keeps_the_mount(
     number: int, problem: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -531,11 +531,14 @@ async def test_reading_one_xattr_writes_everything(a: TestMount) -> None:
     assert await a.vfs.get_xattr(a.root, b"user.dfs.flush") == b"done"
     assert a.writer.dirty_bytes == 0
     assert a.meta.durable == a.meta.seen
-    handle = (await a.files.open(inos[0], RDWR)).number
-    await a.files.write(handle, 0, b"x")
-    a.writer.broken = DfsError(ErrorCode.IO)
-    with pytest.raises(DfsError):
-        await a.vfs.get_xattr(a.root, b"user.dfs.flush")
+    handles = [(await a.files.open(ino, RDWR)).number for ino in inos]
+    for handle, code in zip(handles, (ErrorCode.IO, ErrorCode.NO_SPACE), strict=False):
+        a.writer.broken = None
+        await a.files.write(handle, 0, b"x")
+        a.writer.broken = DfsError(code, "nothing takes it")
+        with pytest.raises(DfsError, match="lost: nothing takes it") as raised:
+            await a.vfs.get_xattr(a.root, b"user.dfs.flush")
+        assert raised.value.code is code
     assert await a.vfs.list_xattrs(a.root) == ()
 
 
