@@ -100,7 +100,15 @@ def unrest(cluster: Cluster) -> list[str]:
             found.append(f"chunk {chunk:x} is dead: {states}")
         elif row.state == ChunkState.SEALED and (missed := _unsettled(states, row.copies, taking)):
             found.append(f"chunk {chunk:x} {missed}")
+        found += [f"chunk {chunk:x} is not sealed on cs{at}" for at in states if _unsealed(cluster, chunk, at)]
     return found or unwanted(cluster, rows)
+
+
+def _unsealed(cluster: Cluster, chunk: int, server: int) -> bool:
+    """Whether a replica that may still hold anything is to be sealed, which reads it back."""
+    assert cluster.meta.parts is not None
+    member = cluster.meta.parts.members.by_id.get(server)
+    return member is not None and chunk in member.unsealed
 
 
 def _unsettled(states: dict[int, str], copies: int, taking: set[int]) -> str:
