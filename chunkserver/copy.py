@@ -28,6 +28,19 @@ READ_BYTES = 2 << 20
 READ_SECONDS = 30.0
 
 
+def _refusal(error: OSError) -> DfsError:
+    code = ErrorCode.DISK_FULL if error.errno in FULL_ERRNOS else ErrorCode.DISK_FAILED
+    return DfsError(code, f"cannot write the copy: {error.strerror}")
+
+
+class _NotDurable(Exception):
+    """The file is complete and synced, its name is not."""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
 class Copier:
     """Copies into one store, from peers through ``pool``."""
 
@@ -91,7 +104,8 @@ class Copier:
         """A new sealed replica: ``fill`` writes the payload of a file that gets its name only when it is complete and
         synced, and returns its index and header. Takes the place of the one that is there.
 
-        DISK_FULL or DISK_FAILED if it cannot be written; nothing is left of it then, nor if ``fill`` raises.
+        DISK_FULL or DISK_FAILED if it cannot be written; nothing is left of it then, nor if ``fill`` raises. If only
+        its name could not be synced, it has taken the place and is given up.
         """
         if self._table.disk_error:
             raise DfsError(ErrorCode.DISK_FAILED, self._table.disk_error)
@@ -106,14 +120,24 @@ class Copier:
             except BaseException:
                 self._discard(path + COPYING_SUFFIX)
                 raise
+        except _NotDurable as error:
+            self._give_up(self._made(chunk, index, header, ReplicaState.FROZEN), error.reason)
+            raise _refusal(error.reason) from None
         except OSError as error:
-            code = ErrorCode.DISK_FULL if error.errno in FULL_ERRNOS else ErrorCode.DISK_FAILED
-            raise DfsError(code, f"cannot write the copy: {error.strerror}") from None
+            raise _refusal(error) from None
         self._table.open_chunks.drop(chunk)
-        progress = index.progress(len(index), header.sealed_chain)
-        replica = Replica(chunk, ReplicaState.SEALED, header.created_ns, progress)
+        replica = self._made(chunk, index, header, ReplicaState.SEALED)
         self._store.adopt(replica)
         return replica
+
+    def _made(self, chunk: int, index: Index, header: Header, state: ReplicaState) -> Replica:
+        return Replica(chunk, state, header.created_ns, index.progress(len(index), header.sealed_chain))
+
+    def _give_up(self, replica: Replica, reason: OSError) -> None:
+        """Its name may be gone after a power cut. As with what was written here, nothing relies on it and nothing is
+        thrown away: it may be the only one that is whole."""
+        self._store.adopt(replica)
+        self._table.give_up(replica, reason)
 
     async def fetch_index(self, source: Peer, chunk: int, length: int, entries: int, chain: int) -> Index:
         """The source's entries, as far as the chunk goes; CHAIN_MISMATCH if they are not this chunk's."""
@@ -173,14 +197,19 @@ class Copier:
         self._table.disk.step("copy:before-sync")
         file.sync()
 
-    def _finish(self, path: str, given_up: str) -> None:
+    def _finish(self, path: str, replaced: str) -> None:
+        """``replaced``: the file of the replica that is there, perhaps under the same name."""
         disk = self._table.disk
         disk.step("copy:before-rename")
         disk.rename(path + COPYING_SUFFIX, path)
         disk.step("copy:before-directory-sync")
-        disk.sync_directory(parent(path))
-        if given_up and given_up != path:
-            disk.unlink(given_up)
+        try:
+            disk.sync_directory(parent(path))
+        except OSError as error:
+            raise _NotDurable(error) from error
+        if replaced and replaced != path:
+            with suppress(OSError):  # with the chunk, or by the next start
+                disk.unlink(replaced)
 
     def _discard(self, path: str) -> None:
         with suppress(OSError):  # then the next start removes it

@@ -11,6 +11,7 @@ from chunkserver import chunkfile, identity
 from chunkserver.chunkfile import PAYLOAD_OFFSET
 from chunkserver.client import Pool
 from chunkserver.protocol import Peer
+from chunkserver.replica import ReplicaState
 from metaserver.errors import ErrorCode
 from metaserver.protocol import Order, OrderKind, OrderResult
 
@@ -118,6 +119,23 @@ async def test_copy_replaces_a_replica_that_was_given_up_and_nothing_else(start_
         assert await sender.code(sender.make(OrderKind.COPY, writer=writer, source=a.peer)) == ""
         assert [path.name for path in (b.path / chunkfile.chunk_path(CHUNK)).parent.iterdir()] == [f"{CHUNK:016x}"]
         assert bytes((await pool.read(b.peer, CHUNK, 0, 10)).payload) == writer.data[:65536]
+
+
+async def test_a_copy_whose_name_cannot_be_synced_is_given_up_and_known(start_node: StartNode, pool: Pool) -> None:
+    """A file that nobody knows of would stay; and it may be the only copy that is whole."""
+    async with start_node("a") as a, start_node("b", wrap=FaultyDisk) as b:
+        writer = await sealed(pool, a)
+        sender = Sender(b)
+        b.node.disk.faults["sync_directory"] = [errno.EIO]  # type: ignore[attr-defined]
+        assert await sender.code(sender.make(OrderKind.COPY, writer=writer, source=a.peer)) == "DISK_FAILED"
+        replica = b.store.table.get(CHUNK)
+        assert (replica.state, replica.error) == (ReplicaState.FAILED, "REPLICA_FAILED")
+        assert [report.error for report in b.node.outbox.parcel().changes] == ["REPLICA_FAILED"]
+        directory = (b.path / chunkfile.chunk_path(CHUNK)).parent
+        assert [path.name for path in directory.iterdir()] == [f"{CHUNK:016x}.failed"]
+        assert bytes((await pool.read(b.peer, CHUNK, 0, 10)).payload) == writer.data[:65536]
+        assert await sender.code(sender.make(OrderKind.COPY, writer=writer, source=a.peer)) == ""
+        assert [path.name for path in directory.iterdir()] == [f"{CHUNK:016x}"]
 
 
 async def test_seal_verify_delete_in_order(start_node: StartNode, pool: Pool) -> None:
