@@ -26,14 +26,14 @@ SHORTAGE_SECONDS = 1.0
 
 
 class Reads:
-    """Sees only what is written; works on OPEN, FROZEN and SEALED replicas alike."""
+    """Sees only what is written; works on OPEN, FROZEN and SEALED replicas alike, and on what FAILED ones hold."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
 
     def read_now(self, chunk: int, offset: int, length: int) -> tuple[bytes, Buffer] | None:
         """As :meth:`read` if it needs no disk, otherwise None."""
-        replica = self._table.readable(chunk)
+        replica = self._find(chunk)
         try:
             opened = self._opened(replica)
         except OSError:
@@ -57,7 +57,7 @@ class Reads:
 
         Raises NO_SUCH_CHUNK, REPLICA_FAILED, IO. Cancelling is safe.
         """
-        replica = self._table.readable(chunk)
+        replica = self._find(chunk)
         opened = await self.load(replica)
         blocks = opened.blocks.covering(offset, length, PAYLOAD_LIMIT)
         if blocks is None:
@@ -76,8 +76,13 @@ class Reads:
 
     async def entries(self, chunk: int, index: int, count: int) -> bytes:
         """Index entries from number ``index`` on, at most ``count`` and a page."""
-        opened = await self.load(self._table.readable(chunk))
+        opened = await self.load(self._find(chunk))
         return opened.blocks.slice(max(0, index), max(0, min(count, PAGE_ENTRIES)))
+
+    def _find(self, chunk: int) -> Replica:
+        """Raises NO_SUCH_CHUNK, or REPLICA_FAILED if nothing is known to be left of it."""
+        replica = self._table.find(chunk)
+        return replica if replica.written.entries else self._table.readable(chunk)
 
     def _opened(self, replica: Replica) -> Opened | None:
         """Descriptor and up-to-date index, if they are at hand."""
@@ -104,7 +109,7 @@ class Reads:
             if len(opened.blocks) < count:
                 self._table.report_bad(replica, ErrorCode.BAD_CHECKSUM)
                 raise DfsError(ErrorCode.BAD_CHECKSUM, f"the index of chunk {replica.chunk:x} is damaged")
-            if replica.state is ReplicaState.DELETED or replica.state is ReplicaState.FAILED:
+            if replica.state is ReplicaState.DELETED:
                 raise DfsError(ErrorCode.NO_SUCH_CHUNK, "deleted meanwhile")
             if count <= replica.written.entries and self._table.get(replica.chunk) is replica:  # not cut meanwhile
                 self._table.open_chunks.put(replica.chunk, opened)

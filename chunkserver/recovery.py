@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Iterator
+from itertools import takewhile
 from uuid import UUID
 
 import structlog
@@ -137,13 +138,24 @@ def scan(disk: Disk, cluster: UUID) -> Iterator[Replica]:
                 log.info("removing what was given up and has been replaced", path=path)
                 _remove(disk, path)
             elif name.endswith(FAILED_SUFFIX):
-                error = ErrorCode.REPLICA_FAILED.name
-                yield Replica(chunk, ReplicaState.FAILED, 0, Progress(0, 0, 0, 0), path=path, error=error)
+                yield _given_up(disk, cluster, chunk, path)
             else:
                 replica = recover(disk, cluster, chunk, path)
                 if replica.state is ReplicaState.SEALED and not replica.error:
                     replaced = chunk
                 yield replica
+
+
+def _given_up(disk: Disk, cluster: UUID, chunk: int, path: str) -> Replica:
+    """What is left of a replica that was given up."""
+    progress = Progress(0, 0, 0, 0)
+    try:
+        index = read_index(disk.open(path), cluster, chunk)
+        progress = index.progress(len(index), chunkfile.first_chain(cluster, chunk))
+    except (OSError, FormatError) as error:
+        log.info("nothing can be read of what was given up", path=path, reason=str(error))
+    error_name = ErrorCode.REPLICA_FAILED.name
+    return Replica(chunk, ReplicaState.FAILED, 0, progress, path=path, error=error_name)
 
 
 def _names(disk: Disk, directory: str) -> list[str]:
@@ -172,14 +184,32 @@ def _chunk_of(path: str, name: str) -> int | None:
 
 
 def bad_blocks(disk: Disk, path: str, index: Index, limit: int = 1000) -> list[int]:
-    """Numbers of entries whose bytes, read from the disk itself, do not have their checksum; at most ``limit``."""
+    """Numbers of entries whose bytes, read from the disk itself, do not have their checksum, and of the first that is
+    itself not there as it is in memory; at most ``limit``."""
     file = disk.open_direct(path)
     bad: list[int] = []
-    first = 0
-    while first < len(index) and len(bad) < limit:
+    count, first = _entries_there(file, index), 0
+    while first < count and len(bad) < limit:
         found, first = bad_of_next(file, index, first)
-        bad += found
+        bad += [number for number in found if number < count]
+    if count < len(index):
+        bad.append(count)
     return bad[:limit]
+
+
+def _entries_there(file: File, index: Index) -> int:
+    """How many entries, from the first on, the disk itself has. After a sync that failed they may be in memory only."""
+    known = index.slice(0, len(index))
+    for start in range(0, len(known), GROUP_BYTES):
+        wanted = known[start : start + GROUP_BYTES]
+        try:
+            there = bytes(file.read_from_disk(len(wanted), chunkfile.INDEX_OFFSET + start))
+        except OSError:
+            there = b""
+        if there != wanted:
+            equal = (one == other for one, other in zip(there, wanted, strict=False))
+            return (start + sum(takewhile(bool, equal))) // ENTRY_BYTES
+    return len(index)
 
 
 def bad_of_next(file: File, index: Index, first: int) -> tuple[list[int], int]:

@@ -16,7 +16,8 @@ from metaserver.wire import Buffer
 
 class ReplicaState(Enum):
     """OPEN takes appends from this process's clients; FROZEN is what an OPEN one becomes by a restart; SEALED never
-    changes; FAILED was given up (its file is called ``.failed``) and is never read; DELETED is gone."""
+    changes; FAILED was given up (its file is called ``.failed``): nobody relies on it, but what it holds may be read by
+    whoever checks each block, if all others have failed, too; DELETED is gone."""
 
     OPEN = "OPEN"
     FROZEN = "FROZEN"

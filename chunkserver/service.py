@@ -161,7 +161,7 @@ class Service:
         return Reply(ReadReply(entries), [data])
 
     async def _read_index(self, request: ReadIndex, _: Buffer, trace_id: int) -> Reply:
-        replica = self._store.table.readable(request.chunk)
+        replica = self._store.table.find(request.chunk)
         entries = await self._store.reads.entries(request.chunk, request.index, request.count)
         return Reply(ReadIndexReply(entries, replica.written))
 

@@ -88,6 +88,8 @@ class Table:
         self._replicas: dict[int, Replica] = {}
         self._deleted: OrderedDict[int, None] = OrderedDict()
         self._unsynced_directories: set[str] = set()
+        # Given up, and their files have still their names, because the disk had no space for others.
+        self._to_rename: list[Replica] = []
         self._space = disk.space()
         self._free_bytes = self._space.free
         for replica in replicas:
@@ -151,7 +153,7 @@ class Table:
         return replica
 
     def readable(self, chunk: int) -> Replica:
-        """As :meth:`find`; REPLICA_FAILED if it was given up."""
+        """As :meth:`find`; REPLICA_FAILED if it was given up. For whatever relies on it as a whole."""
         replica = self.find(chunk)
         if replica.state is ReplicaState.FAILED:
             raise DfsError(ErrorCode.REPLICA_FAILED, f"the replica of chunk {chunk:x} here was given up")
@@ -192,6 +194,7 @@ class Table:
             log.warning("the disk is full: no new data until something is deleted", reason=what)
         elif before == DISK_FULL and self.disk_state == DISK_OK:
             log.info("the disk has space again", free=self.free)
+        self._rename_given_up()
 
     def require_space(self, length: int, *, makes_room: bool = False) -> None:
         """Raises DISK_FULL if ``length`` bytes more would go below the reserve, of which what ``makes_room`` in the end
@@ -226,14 +229,7 @@ class Table:
             self._given_up_in_a_row += 1
         log.error("giving up a replica", chunk=f"{replica.chunk:x}", reason=error.strerror or str(error))
         self.disk.step("fail:before-rename")
-        try:
-            self.disk.rename(replica.path, replica.path + FAILED_SUFFIX)
-            replica.path += FAILED_SUFFIX
-            self._unsynced_directories.add(parent(replica.path))
-        except FileNotFoundError:
-            pass  # it could not even be created
-        except OSError as second:
-            self._remove_given_up(replica, second)
+        self._rename(replica)
         replica.move(ReplicaState.FAILED)
         replica.error = ErrorCode.REPLICA_FAILED.name
         replica.full = error.errno in FULL_ERRNOS
@@ -250,15 +246,28 @@ class Table:
         """Something was put on stable storage: the disk is not altogether broken."""
         self._given_up_in_a_row = 0
 
-    def _remove_given_up(self, replica: Replica, error: OSError) -> None:
-        """Its file cannot be renamed. On a full disk it is removed instead: nobody would read it."""
+    def _rename(self, replica: Replica) -> None:
+        """Marks the file of a replica that is given up. Without space for the new name it keeps the old one for now,
+        and everything it holds: all replicas of a chunk may meet a full disk. A restart reads it back from the disk."""
         try:
-            if error.errno not in FULL_ERRNOS:
-                raise error
-            self.disk.unlink(replica.path)
-            self._unsynced_directories.add(parent(replica.path))
-        except OSError as second:
-            self.disk_failed(f"cannot rename {replica.path}: {second.strerror}")
+            self.disk.rename(replica.path, replica.path + FAILED_SUFFIX)
+        except FileNotFoundError:
+            return  # it could not even be created
+        except OSError as error:
+            if error.errno in FULL_ERRNOS:
+                self._to_rename.append(replica)
+            else:
+                self.disk_failed(f"cannot rename {replica.path}: {error.strerror}")
+            return
+        replica.path += FAILED_SUFFIX
+        self._unsynced_directories.add(parent(replica.path))
+
+    def _rename_given_up(self) -> None:
+        """Those that are still there under their old names."""
+        waiting, self._to_rename = self._to_rename, []
+        for replica in waiting:
+            if self._replicas.get(replica.chunk) is replica and not self.disk_error:
+                self._rename(replica)
 
     def disk_failed(self, text: str) -> None:
         """Nothing more is written; a restart looks again."""

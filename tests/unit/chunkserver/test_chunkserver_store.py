@@ -12,9 +12,9 @@ import trio.lowlevel
 from chunkserver_harness import CLUSTER, FaultyDisk, Started, StartNode, Writer
 
 from chunkserver import chunkfile, reads
-from chunkserver.chunkfile import INDEX_OFFSET, PAYLOAD_OFFSET
+from chunkserver.chunkfile import ENTRY_BYTES, INDEX_OFFSET, PAYLOAD_OFFSET
 from chunkserver.client import Pool
-from chunkserver.disk import Disk, File, LocalDisk
+from chunkserver.disk import Disk, File, LocalDisk, LocalFile
 from chunkserver.index import Opened
 from chunkserver.protocol import Progress, Sync
 from chunkserver.replica import TRANSITIONS, Replica, ReplicaState
@@ -187,17 +187,12 @@ async def test_full_disk_refuses_one_append_and_keeps_the_replica(start_node: St
         assert bytes((await pool.read(a.peer, CHUNK, 6, 100)).payload) == b"after"
 
 
-@pytest.mark.parametrize("rename", [[], [errno.ENOSPC]])
-async def test_a_sync_that_finds_no_space_gives_the_replica_up_and_says_so(
-    start_node: StartNode, pool: Pool, rename: list[int | None]
-) -> None:
-    """Delayed allocation: what the disk holds is not known any more, but to the writer this is a full disk. Even if the
-    directory has no space for another name."""
+async def test_a_sync_that_finds_no_space_gives_the_replica_up_and_says_so(start_node: StartNode, pool: Pool) -> None:
+    """Delayed allocation: what the disk holds is not known any more, but to the writer this is a full disk."""
     async with start_node(wrap=FaultyDisk) as a:
         writer = Writer(CHUNK)
         await writer.send(pool, a.peer, b"before", sync=True)
         faulty(a).faults["sync"] = [errno.ENOSPC]
-        faulty(a).faults["rename"] = rename
         await refused(ErrorCode.DISK_FULL, writer.send(pool, a.peer, b"after", sync=True))
         await refused(ErrorCode.DISK_FULL, writer.send(pool, a.peer, b"again"))
         assert a.store.table.get(CHUNK).state is ReplicaState.FAILED
@@ -205,6 +200,75 @@ async def test_a_sync_that_finds_no_space_gives_the_replica_up_and_says_so(
         assert not a.store.table.disk_error
         # The server is as good as before.
         await Writer(CHUNK + 1).send(pool, a.peer, b"another", sync=True)
+
+
+async def test_what_is_given_up_on_a_full_disk_keeps_what_it_holds(start_node: StartNode, pool: Pool) -> None:
+    """The directory has no space for another name. All replicas may meet that at once: nothing acknowledged may go."""
+    async with start_node(wrap=FaultyDisk) as a:
+        writer = Writer(CHUNK)
+        await writer.send(pool, a.peer, b"before", sync=True)
+        faulty(a).faults["sync"] = [errno.ENOSPC]
+        faulty(a).faults["rename"] = [errno.ENOSPC, errno.ENOSPC]
+        await refused(ErrorCode.DISK_FULL, writer.send(pool, a.peer, b"after", sync=True))
+        assert a.store.table.get(CHUNK).state is ReplicaState.FAILED
+        assert not a.store.table.disk_error
+        assert bytes((await pool.read(a.peer, CHUNK, 0, 6)).payload) == b"before"
+        a.store.table.measure_space()
+        assert chunk_file(a).exists()
+        a.store.table.measure_space()
+        assert not chunk_file(a).exists()
+        assert bytes((await pool.read(a.peer, CHUNK, 0, 6)).payload) == b"before"
+        await a.store.delete(CHUNK)
+        assert not list(chunk_file(a).parent.iterdir())
+    # Another one, and a restart before there is space: it is read back.
+    async with start_node(wrap=FaultyDisk) as a:
+        writer = Writer(CHUNK + 1)
+        await writer.send(pool, a.peer, b"before", sync=True)
+        faulty(a).faults["sync"], faulty(a).faults["rename"] = [errno.ENOSPC], [errno.ENOSPC]
+        await refused(ErrorCode.DISK_FULL, writer.send(pool, a.peer, b"after", sync=True))
+    async with start_node() as a:
+        replica = a.store.table.get(CHUNK + 1)
+        assert replica.state is ReplicaState.FROZEN
+        await a.store.reads.ensure_verified(replica)
+        assert bytes((await pool.read(a.peer, CHUNK + 1, 0, 6)).payload) == b"before"
+
+
+async def test_a_name_that_was_to_be_changed_may_have_been_given_to_a_better_replica(
+    start_node: StartNode, pool: Pool
+) -> None:
+    async with start_node(wrap=FaultyDisk) as a:
+        writer = Writer(CHUNK)
+        await writer.send(pool, a.peer, b"before", sync=True)
+        faulty(a).faults["sync"], faulty(a).faults["rename"] = [errno.ENOSPC], [errno.ENOSPC]
+        await refused(ErrorCode.DISK_FULL, writer.send(pool, a.peer, b"after", sync=True))
+        await a.store.delete(CHUNK)
+        chunk_file(a).write_bytes(b"somebody else's")
+        a.store.table.measure_space()
+        assert chunk_file(a).read_bytes() == b"somebody else's"
+        chunk_file(a).unlink()
+
+
+async def test_entries_that_are_not_on_the_disk_do_not_count_after_a_restart(
+    start_node: StartNode, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a sync that failed, the index may be right in memory and not on the disk."""
+    async with start_node() as a:
+        writer = Writer(CHUNK)
+        for data in (b"one", b"two", b"three"):
+            await writer.send(pool, a.peer, data)
+    read_from_disk = LocalFile.read_from_disk
+
+    def third_entry_is_missing(file: LocalFile, length: int, offset: int) -> memoryview:
+        data = bytearray(read_from_disk(file, length, offset))
+        if offset == INDEX_OFFSET:
+            data[2 * ENTRY_BYTES + 5 : 3 * ENTRY_BYTES] = bytes(ENTRY_BYTES - 5)
+        return memoryview(data)
+
+    monkeypatch.setattr(LocalFile, "read_from_disk", third_entry_is_missing)
+    async with start_node() as a:
+        replica = a.store.table.get(CHUNK)
+        await a.store.reads.ensure_verified(replica)
+        assert (replica.written.entries, replica.written.stored_length) == (2, 6)
 
 
 async def test_no_more_files_are_full_and_read_only_is_failed(start_node: StartNode, pool: Pool) -> None:
@@ -273,12 +337,17 @@ async def test_failed_sync_gives_the_replica_up(start_node: StartNode, pool: Poo
         # Not retried into success.
         await refused(ErrorCode.REPLICA_FAILED, pool.sync(a.peer, Sync(CHUNK, 4, 0, ())))
         await refused(ErrorCode.REPLICA_FAILED, writer.send(pool, a.peer, b"x"))
-        await refused(ErrorCode.REPLICA_FAILED, pool.read(a.peer, CHUNK, 0, 4))
         await refused(ErrorCode.REPLICA_FAILED, a.store.seal(CHUNK, 4, 1, 0))
+        await refused(ErrorCode.REPLICA_FAILED, a.store.reads.verify(CHUNK))
         assert faulty(a).calls["sync"] == 1
+        # Nobody else may have it; whoever asks checks what he gets.
+        assert bytes((await pool.read(a.peer, CHUNK, 0, 4)).payload) == b"data"
         await Writer(CHUNK + 1).send(pool, a.peer, b"others go on", sync=True)
     async with start_node() as a:
         assert (await pool.stat(a.peer, CHUNK)).state == "FAILED"
+        assert bytes((await pool.read(a.peer, CHUNK, 0, 4)).payload) == b"data"
+        assert (await pool.read_index(a.peer, CHUNK, 0, 10)).entries
+        await refused(ErrorCode.REPLICA_FAILED, a.store.seal(CHUNK, 4, 1, 0))
         await a.store.delete(CHUNK)
         assert not list(chunk_file(a).parent.iterdir())
 
