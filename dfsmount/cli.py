@@ -38,6 +38,7 @@ Mounts a directory of a cluster. In the background unless -f is given: the comma
                           how long attributes and names are cached (default 1)
        cache_mib=N        memory for blocks that were read
        dirty_mib=N        memory for data that is not written yet
+       driver=libfuse     have pyfuse3 and libfuse take the kernel's requests (default: direct, which costs less)
        log_file=PATH      where it logs (default: syslog; with -f standard error)
      and what mount(8) passes along: rw, noexec, nosuid, dev, suid, noauto, nofail, _netdev, x-...
   -h, --help         this text;  -V, --version

@@ -9,6 +9,7 @@ import msgspec
 DEFAULT_PORT = 9400
 DEFAULT_KEY_FILE = Path("/etc/dfs/cluster.key")
 # Instead of an answer for ever, "hard" waits so long: a week-end without the servers, and some.
+DRIVERS = ("direct", "libfuse")
 HARD_SECONDS = 7 * 24 * 3600.0
 LONGEST_SECONDS = 3600.0
 # Reading this extended attribute of a mounted directory returns when everything is written; see umountcli.
@@ -34,7 +35,8 @@ class Source(msgspec.Struct, frozen=True):
 class Options(msgspec.Struct):
     """What ``-o`` lists say. ``kernel`` are the flags that are the kernel's business (ro, nosuid, ...).
 
-    Time-outs in seconds; ``timeout`` is how long an operation waits for servers before it fails with EIO.
+    Time-outs in seconds; ``timeout`` is how long an operation waits for servers before it fails with EIO. ``driver``
+    says who talks with the kernel.
     """
 
     allow_other: bool | None = None
@@ -49,6 +51,7 @@ class Options(msgspec.Struct):
     timeout: float = 30.0
     debug: bool = False
     nodiratime: bool = False
+    driver: str = "direct"
     kernel: tuple[str, ...] = ()
 
 
@@ -162,6 +165,12 @@ def _path(text: str) -> Path:
     return Path(text).absolute()
 
 
+def _driver(text: str) -> str:
+    if text not in DRIVERS:
+        raise ValueError(f"a word: {' or '.join(DRIVERS)}")
+    return text
+
+
 _VALUES: dict[str, Callable[[str], Any]] = {
     "key_file": _path,
     "log_file": _path,
@@ -170,6 +179,7 @@ _VALUES: dict[str, Callable[[str], Any]] = {
     "timeout": lambda text: _seconds(text, 1),
     "cache_mib": _mebibytes,
     "dirty_mib": _mebibytes,
+    "driver": _driver,
 }
 
 
@@ -203,5 +213,5 @@ def _set_value(options: Options, name: str, value: str, given: bool) -> None:
     try:
         setattr(options, name, _VALUES[name](value))
     except ValueError as error:
-        hint = str(error) if str(error)[:4] in ("from", "a pa") else "a number"
+        hint = str(error) if str(error)[:4] in ("from", "a pa", "a wo") else "a number"
         raise UsageError(f"option {name}={value}: it must be {hint}") from None

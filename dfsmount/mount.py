@@ -17,16 +17,19 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import pyfuse3
 import structlog
 import trio
 
-from dfsmount import dfs_mounts, fuseloop, guardian, killed
+from dfsmount import dfs_mounts, fuseloop, fusewire, guardian, killed
 from dfsmount.assembly import Client, ClientOptions, open_client
 from dfsmount.config import DEFAULT_KEY_FILE, MountPlan, Options
+from dfsmount.device import Device
+from dfsmount.driver import Driver
 from dfsmount.operations import Operations
+from dfsmount.vfs import Vfs
 from dfsmount.vfs_core import VfsOptions
 from dfsmount.waiting import Waiting
 from metaserver import systemd
@@ -166,8 +169,9 @@ async def _serve(plan: MountPlan, key: ClusterKey | None, ready: Callable[[], No
         str(plan.mountpoint), vfs_options, options.timeout, options.cache_mib, options.dirty_mib
     )
     try:
-        async with open_client(plan.source, key, client_options, PyfuseKernel) as client:
-            return await Mounted(plan, client).run(ready)
+        caches = KernelCaches()
+        async with open_client(plan.source, key, client_options, caches.of) as client:
+            return await Mounted(plan, client, caches).run(ready)
     except DfsError as error:
         raise MountError(_explain(error, plan)) from None
 
@@ -181,11 +185,17 @@ def _explain(error: DfsError, plan: MountPlan) -> str:
     return error.text
 
 
-class PyfuseKernel:
-    """Tells the kernel what to drop."""
+class KernelCaches:
+    """Tells the kernel what to drop. ``driver`` is what it is told through, None before there is a mount."""
 
-    def __init__(self, root: int) -> None:
+    def __init__(self) -> None:
+        self._root = 0
+        self.driver: KernelDriver | None = None
+
+    def of(self, root: int) -> "KernelCaches":
+        """These, of a filesystem with that root."""
         self._root = root
+        return self
 
     def forget_attributes(self, ino: int) -> None:
         self._invalidate(ino, attr_only=True)
@@ -195,17 +205,80 @@ class PyfuseKernel:
             self._invalidate(ino, attr_only=False)
 
     def _invalidate(self, ino: int, *, attr_only: bool) -> None:
-        inode = pyfuse3.ROOT_INODE if ino == self._root else pyfuse3.InodeT(ino)
         # ENOENT: the kernel does not know the inode; anything else means that the mount is ending.
         with suppress(OSError):
-            pyfuse3.invalidate_inode(inode, attr_only=attr_only)
+            if self.driver is not None:
+                self.driver.invalidate(pyfuse3.ROOT_INODE if ino == self._root else ino, attr_only=attr_only)
+
+
+class KernelDriver(Protocol):
+    """Takes the requests of the kernel until the mount ends."""
+
+    async def run(self) -> None: ...
+
+    def stop(self) -> None:
+        """Takes no more requests; :meth:`run` then returns when those in progress are answered."""
+
+    def is_ended(self) -> bool:
+        """Whether the kernel has nothing to ask any more: unmounted, or all its requests were given up."""
+
+    def invalidate(self, node: int, *, attr_only: bool) -> None:
+        """Has the kernel drop attributes, or pages as well. Raises OSError."""
+
+
+class Direct:
+    """The driver that speaks the kernel's protocol itself; libfuse has mounted and unmounts."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._device = Device(_fuse_descriptor(), driver.serve)
+
+    async def run(self) -> None:
+        await self._device.run()
+
+    def stop(self) -> None:
+        self._device.stop()
+
+    def is_ended(self) -> bool:
+        return self._device.ended
+
+    def invalidate(self, node: int, *, attr_only: bool) -> None:
+        self._device.tell(fusewire.invalidate_inode(node, -1 if attr_only else 0, 0))
+
+
+class Libfuse:
+    """The driver of libfuse and pyfuse3."""
+
+    def __init__(self, loop: fuseloop.Readiness) -> None:
+        self._loop = loop
+
+    async def run(self) -> None:
+        await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=MAX_TASKS)
+
+    def stop(self) -> None:
+        pyfuse3.terminate()
+
+    def is_ended(self) -> bool:
+        return self._loop.is_ended()
+
+    def invalidate(self, node: int, *, attr_only: bool) -> None:
+        pyfuse3.invalidate_inode(pyfuse3.InodeT(node), attr_only=attr_only)
+
+
+def _fuse_descriptor() -> int:
+    """The open /dev/fuse of this process, which has one mount; pyfuse3 does not tell."""
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            if os.readlink(entry) == str(FUSE_DEVICE):
+                return int(entry.name)
+    raise MountError("the mount has no open /dev/fuse")
 
 
 class Mounted:
     """The parts of a running mount."""
 
-    def __init__(self, plan: MountPlan, client: Client) -> None:
+    def __init__(self, plan: MountPlan, client: Client, caches: KernelCaches) -> None:
         self.plan = plan
+        self._caches = caches
         self.client = client
         self.vfs = client.vfs
         self._waiting = Waiting(plan.options.timeout, victims=self._victims)
@@ -214,7 +287,7 @@ class Mounted:
         self._writing = trio.CancelScope()
         self._draining = trio.CancelScope()
         self._finishing = trio.CancelScope(shield=True)
-        self._loop = fuseloop.Readiness()
+        self._driver: KernelDriver | None = None
         self._serving = True
         # Of the mounted filesystem; not known before it answers.
         self._device = 0
@@ -225,7 +298,7 @@ class Mounted:
         """Mounts and serves until the end; the exit code."""
         clean = True
         async with trio.open_nursery() as nursery:
-            _init_fuse(Operations(self.vfs, self._waiting), self.plan, self._loop)
+            driver = self._driver = self._caches.driver = _begin(self.vfs, self._waiting, self.plan)
             try:
                 nursery.start_soon(self.client.run)
                 nursery.start_soon(self._waiting.watch)
@@ -237,7 +310,7 @@ class Mounted:
                 gc.collect()
                 gc.freeze()
                 with self._main_scope:
-                    await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=MAX_TASKS)
+                    await driver.run()
             finally:
                 self._serving = False
                 clean = await self._finish()
@@ -277,8 +350,8 @@ class Mounted:
         with self._writing, suppress(DfsError):
             await self.vfs.write_everything()
         # Once the loop has ended there may be no session any more.
-        if self._serving:
-            pyfuse3.terminate()
+        if self._serving and self._driver is not None:
+            self._driver.stop()
         with self._draining:
             await trio.sleep(DRAIN_SECONDS)
         self._main_scope.cancel()
@@ -297,7 +370,7 @@ class Mounted:
         ended = False
         while not ended:
             await trio.sleep(ENDED_SECONDS)
-            ended = self._loop.is_ended()
+            ended = self._driver is not None and self._driver.is_ended()
         self._main_scope.cancel()
 
     async def _finish(self) -> bool:
@@ -319,9 +392,20 @@ class Mounted:
 # -- the kernel's side ---------------------------------------------------------------------------------------------
 
 
-def _init_fuse(operations: Operations, plan: MountPlan, loop: fuseloop.Readiness) -> None:
+def _begin(vfs: Vfs, waiting: Waiting, plan: MountPlan) -> KernelDriver:
+    """Mounts, and has the driver that was chosen ready."""
+    if plan.options.driver == "libfuse":
+        loop = fuseloop.Readiness()
+        pyfuse3.trio = fuseloop.stand_in(loop)  # type: ignore[attr-defined]
+        _init_fuse(Operations(vfs, waiting), plan)
+        return Libfuse(loop)
+    driver = Driver(vfs, waiting)
+    _init_fuse(driver, plan)
+    return Direct(driver)
+
+
+def _init_fuse(operations: Operations, plan: MountPlan) -> None:
     """Mounts; raises :class:`MountError` with what libfuse printed to standard error."""
-    pyfuse3.trio = fuseloop.stand_in(loop)  # type: ignore[attr-defined]
     with _captured_errors() as said:
         try:
             pyfuse3.init(operations, str(plan.mountpoint), _fuse_options(plan))

@@ -1,7 +1,7 @@
 """The adapter between pyfuse3 and :class:`dfsmount.vfs.Vfs`: decodes, calls, encodes. It decides nothing.
 
 Two guards stand around every handler, because an exception other than ``FUSEError`` would end ``pyfuse3.main``:
-``_guarded`` maps errors, ``_bounded`` also registers the operation in :class:`dfsmount.waiting.Waiting`, which gives it
+``_guarded`` maps errors, ``bounded`` also registers the operation in :class:`dfsmount.waiting.Waiting`, which gives it
 a name, a deadline and a limit. What can be answered without waiting goes past the second.
 
 pyfuse3 3.5 hands no flags to setxattr: it asks getxattr first if XATTR_CREATE or XATTR_REPLACE is given, so these two
@@ -12,11 +12,11 @@ import errno
 import functools
 import stat
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import pyfuse3
 import structlog
-from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, StatvfsData
 
 from dfsmount.errors import errno_of
 from dfsmount.vfs import ACCESS_ACL, Vfs
@@ -26,6 +26,8 @@ from dfsmount.vfs_names import Caller
 from dfsmount.waiting import Kind, Waiting
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import NAME_MAX, SetAttributes
+
+__all__ = ["Asker", "Context", "FUSEError", "Operations", "bounded", "no_attribute"]
 
 log = structlog.get_logger(__name__)
 
@@ -37,7 +39,38 @@ UNANSWERED = frozenset({ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE, ErrorCode.CANC
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Handler = Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]
+Handler = Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]
+# What ``_encode`` makes of an inode: ``EntryAttributes`` for pyfuse3, bytes for the driver of our own.
+Encoded: TypeAlias = Any
+# pyfuse3's ``EntryAttributes`` and ``SetattrFields``, or both in one.
+Changes: TypeAlias = Any
+
+
+class Asker(Protocol):
+    """Who asks: pyfuse3's ``RequestContext``, or :class:`Context`."""
+
+    @property
+    def uid(self) -> int: ...
+
+    @property
+    def gid(self) -> int: ...
+
+    @property
+    def pid(self) -> int: ...
+
+
+class Context(NamedTuple):
+    """What pyfuse3 tells in a ``RequestContext``, which only pyfuse3 can make."""
+
+    uid: int
+    gid: int
+    pid: int
+    umask: int
+
+
+def no_attribute() -> FUSEError:
+    """There is no such extended attribute."""
+    return FUSEError(pyfuse3.ENOATTR)
 
 
 def _guarded(handler: Handler[P, R]) -> Handler[P, R]:
@@ -58,14 +91,14 @@ def _guarded(handler: Handler[P, R]) -> Handler[P, R]:
     return run
 
 
-def _bounded(kind: Kind, *, second: int = 0) -> Callable[[Handler[P, R]], Handler[P, R]]:
+def bounded(kind: Kind, *, second: int = 0, called: str = "") -> Callable[[Handler[P, R]], Handler[P, R]]:
     """For handlers that may wait; past the deadline the answer is EIO, and what was asked is withdrawn.
 
-    ``second`` is the place of a second inode among the arguments; 0: there is none.
+    ``second`` is the place of a second inode among the arguments; 0: there is none. ``called``: another name for it.
     """
 
     def decorate(handler: Handler[P, R]) -> Handler[P, R]:
-        name = handler.__name__.strip("_")
+        name = called or handler.__name__.strip("_")
 
         async def run(self: "Operations", /, *arguments: P.args, **named: P.kwargs) -> R:
             waiting = self._waiting
@@ -89,7 +122,7 @@ def _bounded(kind: Kind, *, second: int = 0) -> Callable[[Handler[P, R]], Handle
     return decorate
 
 
-def _caller(ctx: RequestContext) -> Caller:
+def _caller(ctx: Asker) -> Caller:
     return Caller(ctx.uid, ctx.gid)
 
 
@@ -118,14 +151,15 @@ class Operations(pyfuse3.Operations):
         """About which inode, by which thread, and about which other inode. The kernel tells who asks with all requests
         but those about an open file or directory."""
         first, ctx = arguments[0], arguments[-1]
-        if not isinstance(ctx, RequestContext):
+        if not isinstance(ctx, RequestContext | Context):
             return self._vfs.inode_of(first), 0, 0
         return self._inside(first), ctx.pid, self._inside(arguments[second]) if second else 0
 
     def _outside(self, ino: int) -> int:
         return pyfuse3.ROOT_INODE if ino == self._root else ino
 
-    def _encode(self, shown: Shown) -> EntryAttributes:
+    def _encode(self, shown: Shown) -> Encoded:
+        """What an answer says of an inode, in the form that the driver wants."""
         entry = EntryAttributes()
         entry.st_ino = pyfuse3.InodeT(self._outside(shown.ino))
         entry.generation = shown.generation
@@ -144,7 +178,7 @@ class Operations(pyfuse3.Operations):
         entry.st_ctime_ns = shown.ctime_ns
         return entry
 
-    def _decode_changes(self, inode: int, attr: EntryAttributes, fields: SetattrFields) -> SetAttributes:
+    def _decode_changes(self, inode: int, attr: Changes, fields: Changes) -> SetAttributes:
         return SetAttributes(
             self._inside(inode),
             mode=attr.st_mode if fields.update_mode else None,
@@ -157,39 +191,39 @@ class Operations(pyfuse3.Operations):
 
     # -- names -------------------------------------------------------------------------------------------------
 
-    @_bounded(Kind.NAMES)
-    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+    @bounded(Kind.NAMES)
+    async def lookup(self, parent_inode: int, name: bytes, ctx: Asker) -> Encoded:
         return self._encode(await self._names.lookup(self._inside(parent_inode), name))
 
     async def forget(self, inode_list: Any) -> None:
         for inode, count in inode_list:
             self._vfs.forget(self._inside(inode), count)
 
-    @_bounded(Kind.NAMES)
-    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+    @bounded(Kind.NAMES)
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: Asker) -> Encoded:
         return self._encode(await self._names.make(self._inside(parent_inode), name, mode, _caller(ctx), rdev=rdev))
 
-    @_bounded(Kind.NAMES)
-    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+    @bounded(Kind.NAMES)
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: Asker) -> Encoded:
         return self._encode(await self._names.make(self._inside(parent_inode), name, mode, _caller(ctx)))
 
-    @_bounded(Kind.NAMES)
-    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+    @bounded(Kind.NAMES)
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: Asker) -> Encoded:
         return self._encode(await self._names.make_link(self._inside(parent_inode), name, target, _caller(ctx)))
 
-    @_bounded(Kind.NAMES)
-    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+    @bounded(Kind.NAMES)
+    async def readlink(self, inode: int, ctx: Asker) -> bytes:
         return await self._names.read_link(self._inside(inode))
 
-    @_bounded(Kind.NAMES)
-    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+    @bounded(Kind.NAMES)
+    async def unlink(self, parent_inode: int, name: bytes, ctx: Asker) -> None:
         await self._names.unlink(self._inside(parent_inode), name, directory=False)
 
-    @_bounded(Kind.NAMES)
-    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+    @bounded(Kind.NAMES)
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: Asker) -> None:
         await self._names.unlink(self._inside(parent_inode), name, directory=True)
 
-    @_bounded(Kind.NAMES, second=2)
+    @bounded(Kind.NAMES, second=2)
     async def rename(
         self,
         parent_inode_old: int,
@@ -197,20 +231,20 @@ class Operations(pyfuse3.Operations):
         parent_inode_new: int,
         name_new: bytes,
         flags: int,
-        ctx: RequestContext,
+        ctx: Asker,
     ) -> None:
         old, new = self._inside(parent_inode_old), self._inside(parent_inode_new)
         await self._names.rename(old, name_old, new, name_new, flags)
 
-    @_bounded(Kind.NAMES, second=1)
-    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+    @bounded(Kind.NAMES, second=1)
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: Asker) -> Encoded:
         return self._encode(await self._names.link(self._inside(inode), self._inside(new_parent_inode), new_name))
 
     @_guarded
-    async def opendir(self, inode: int, ctx: RequestContext) -> pyfuse3.FileHandleT:
+    async def opendir(self, inode: int, ctx: Asker) -> pyfuse3.FileHandleT:
         return pyfuse3.FileHandleT(self._names.open_directory(self._inside(inode)))
 
-    @_bounded(Kind.NAMES)
+    @bounded(Kind.NAMES)
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         for listed in await self._names.list_directory(fh, start_id):
             name = pyfuse3.FileNameT(listed.name)
@@ -222,38 +256,36 @@ class Operations(pyfuse3.Operations):
     async def releasedir(self, fh: int) -> None:
         self._names.release_directory(fh)
 
-    @_bounded(Kind.WRITING)
+    @bounded(Kind.WRITING)
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         await self._vfs.sync_names(fh)
 
     # -- attributes --------------------------------------------------------------------------------------------
 
     @_guarded
-    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+    async def getattr(self, inode: int, ctx: Asker) -> Encoded:
         shown = self._vfs.known_attributes(self._inside(inode))
         return self._encode(shown if shown is not None else await self._ask_attributes(inode, ctx))
 
-    @_bounded(Kind.NAMES)
-    async def _ask_attributes(self, inode: int, ctx: RequestContext) -> Shown:
+    @bounded(Kind.NAMES)
+    async def _ask_attributes(self, inode: int, ctx: Asker) -> Shown:
         return await self._vfs.get_attributes(self._inside(inode))
 
-    @_bounded(Kind.NAMES)
-    async def setattr(
-        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
-    ) -> EntryAttributes:
+    @bounded(Kind.NAMES)
+    async def setattr(self, inode: int, attr: Changes, fields: Changes, fh: int | None, ctx: Asker) -> Encoded:
         return self._encode(await self._vfs.set_attributes(self._decode_changes(inode, attr, fields), fh))
 
     @_guarded
-    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+    async def access(self, inode: int, mode: int, ctx: Asker) -> bool:
         """Never called: the kernel checks permissions itself (``default_permissions``)."""
         return True
 
     @_guarded
-    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+    async def statfs(self, ctx: Asker) -> StatvfsData:
         return await self._ask_statistics(pyfuse3.ROOT_INODE, ctx)
 
-    @_bounded(Kind.NAMES)
-    async def _ask_statistics(self, inode: int, ctx: RequestContext) -> StatvfsData:
+    @bounded(Kind.NAMES)
+    async def _ask_statistics(self, inode: int, ctx: Asker) -> StatvfsData:
         stats = await self._vfs.statistics()
         data = StatvfsData()
         data.f_bsize = data.f_frsize = STATFS_BLOCK_BYTES
@@ -265,66 +297,66 @@ class Operations(pyfuse3.Operations):
         return data
 
     @_guarded
-    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+    async def getxattr(self, inode: int, name: bytes, ctx: Asker) -> bytes:
         if self._vfs.knows_no_xattr(self._inside(inode), name):
-            raise FUSEError(pyfuse3.ENOATTR)
+            raise no_attribute()
         return await self._ask_xattr(inode, name, ctx)
 
-    @_bounded(Kind.NAMES)
-    async def _ask_xattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+    @bounded(Kind.NAMES)
+    async def _ask_xattr(self, inode: int, name: bytes, ctx: Asker) -> bytes:
         return await self._vfs.get_xattr(self._inside(inode), name)
 
-    @_bounded(Kind.NAMES)
-    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+    @bounded(Kind.NAMES)
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Asker) -> None:
         ino = self._inside(inode)
         await self._vfs.set_xattr(ino, name, value)
         if name == ACCESS_ACL and ctx.uid != 0:
             await self._drop_setgid(ino, ctx)
 
-    async def _drop_setgid(self, ino: int, ctx: RequestContext) -> None:
+    async def _drop_setgid(self, ino: int, ctx: Asker) -> None:
         """An access ACL set by somebody who is not of the file's group takes its S_ISGID away, as chmod(2) would
         (posix_acl_update_mode)."""
         shown = await self._vfs.get_attributes(ino)
         if shown.mode & stat.S_ISGID and shown.gid not in {ctx.gid, *pyfuse3.get_sup_groups(ctx.pid)}:
             await self._vfs.set_attributes(SetAttributes(ino, mode=shown.mode & ~stat.S_ISGID))
 
-    @_bounded(Kind.NAMES)
-    async def listxattr(self, inode: int, ctx: RequestContext) -> Any:
+    @bounded(Kind.NAMES)
+    async def listxattr(self, inode: int, ctx: Asker) -> Any:
         names = await self._vfs.list_xattrs(self._inside(inode))
         # As ext4: these are for the administrator's eyes only.
         return names if ctx.uid == 0 else [name for name in names if not name.startswith(b"trusted.")]
 
-    @_bounded(Kind.NAMES)
-    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+    @bounded(Kind.NAMES)
+    async def removexattr(self, inode: int, name: bytes, ctx: Asker) -> None:
         await self._vfs.remove_xattr(self._inside(inode), name)
 
     # -- contents ----------------------------------------------------------------------------------------------
 
-    @_bounded(Kind.NAMES)
-    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+    @bounded(Kind.NAMES)
+    async def open(self, inode: int, flags: int, ctx: Asker) -> FileInfo:
         return _file_info(await self._files.open(self._inside(inode), flags, privileged=ctx.uid == 0))
 
-    @_bounded(Kind.NAMES)
+    @bounded(Kind.NAMES)
     async def create(
-        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
-    ) -> tuple[FileInfo, EntryAttributes]:
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: Asker
+    ) -> tuple[FileInfo, Encoded]:
         parent = self._inside(parent_inode)
         opened, shown = await self._files.create(parent, name, mode, flags, _caller(ctx))
         return _file_info(opened), self._encode(shown)
 
-    @_bounded(Kind.READING)
+    @bounded(Kind.READING)
     async def read(self, fh: int, off: int, size: int) -> bytes:
         return await self._files.read(fh, off, size)
 
-    @_bounded(Kind.WRITING)
+    @bounded(Kind.WRITING)
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         return await self._files.write(fh, off, buf)
 
-    @_bounded(Kind.WRITING)
+    @bounded(Kind.WRITING)
     async def flush(self, fh: int) -> None:
         await self._files.flush(fh)
 
-    @_bounded(Kind.WRITING)
+    @bounded(Kind.WRITING)
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self._files.fsync(fh)
 

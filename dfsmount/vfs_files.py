@@ -146,18 +146,29 @@ class Files:
 
     async def flush(self, number: int) -> None:
         """close(2) of one descriptor: starts writing and tells of what failed before; waits only if asked to."""
+        if not self.flush_at_once(number):
+            handle = self._core.handles.file(number)
+            await self._core.flush_file(handle.file)
+            self._tell_at_close(handle)
+
+    def flush_at_once(self, number: int) -> bool:
+        """:meth:`flush` if it does not wait; False: it would."""
         core = self._core
         handle = core.handles.file(number)
         file = handle.file
         if not file.settled and not file.unlinked:
             if core.options.sync_close:
-                await core.flush_file(file)
-            else:
-                core.deferred.send(file)
-                if file.state.is_dirty:
-                    core.writer.flush_soon(file.state)
+                return False
+            core.deferred.send(file)
+            if file.state.is_dirty:
+                core.writer.flush_soon(file.state)
+        self._tell_at_close(handle)
+        return True
+
+    @staticmethod
+    def _tell_at_close(handle: FileHandle) -> None:
+        """A reader's close tells nobody, and must not take the error from those who ask for it."""
         if handle.writing:
-            # A reader's close tells nobody, and must not take the error from those who ask for it.
             handle.raise_new_error()
 
     def release(self, number: int) -> None:
@@ -181,6 +192,14 @@ class Files:
         if handle.moves_atime:
             core.accesses.read(file.inode)
         return data
+
+    def write_at_once(self, number: int, offset: int, data: bytes) -> bool:
+        """:meth:`write` if it has to wait for nothing, and has nothing to tell but that."""
+        handle = self._core.handles.file(number)
+        file = handle.file
+        if handle.durable_writes or file.ahead is not None or file.state.error_count > handle.errors_seen:
+            return False
+        return self._core.writer.take(file.state, offset, data)
 
     async def write(self, number: int, offset: int, data: bytes) -> int:
         """Takes all of ``data``; on stable storage already only for O_SYNC and O_DSYNC."""
@@ -228,6 +247,9 @@ class Files:
     async def set_attributes(self, changes: SetAttributes, number: int | None = None) -> Inode:
         """chmod(2), chown(2), utimensat(2), truncate(2); ftruncate(2) through the handle ``number``."""
         core = self._core
+        inode = self.set_at_once(changes)
+        if inode is not None:
+            return inode
         file = core.files.get(changes.ino)
         if changes.atime_ns is not None or changes.atime_now:
             core.accesses.forget(changes.ino)
@@ -237,10 +259,6 @@ class Files:
         if changes.mtime_ns is not None:
             # Commits of what was written before must not bring their own time afterwards.
             file.state.leave_times()
-        if core.deferred.can_take(file, changes) and core.inodes.believed(changes.ino) is not None:
-            changes.ctime_ns = core.remote.now_ns()
-            core.deferred.take(file, changes)
-            return file.inode
         core.files.pin(file)
         try:
             await core.deferred.settle(file)
@@ -250,6 +268,20 @@ class Files:
             return await self._ask_for(changes)
         finally:
             core.files.unpin(file)
+
+    def set_at_once(self, changes: SetAttributes) -> Inode | None:
+        """:meth:`set_attributes` of a file for which the metaserver may be told later (``ahead``); else None."""
+        core = self._core
+        file = core.files.get(changes.ino)
+        if file is None or not core.deferred.can_take(file, changes) or core.inodes.believed(changes.ino) is None:
+            return None
+        if changes.atime_ns is not None or changes.atime_now:
+            core.accesses.forget(changes.ino)
+        if changes.mtime_ns is not None:
+            file.state.leave_times()
+        changes.ctime_ns = core.remote.now_ns()
+        core.deferred.take(file, changes)
+        return file.inode
 
     def _tell_before_resizing(self, changes: SetAttributes, number: int | None) -> None:
         """Raises why bytes are lost if the caller, or anybody, has not heard of it yet: the new size would put zeroes

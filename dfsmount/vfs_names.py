@@ -50,6 +50,19 @@ class Names:
         self._core = core
         self._root = root
 
+    def lookup_at_once(self, parent: int, name: bytes) -> Shown | None:
+        """:meth:`lookup` of what is known; None: it has to be asked for. Raises NOT_FOUND."""
+        core = self._core
+        if core.fresh.lacks(parent, name) and core.inodes.believed(parent) is not None:
+            raise DfsError(ErrorCode.NOT_FOUND)
+        found = core.foreseen.take(parent, name)
+        if found is None or core.inodes.outdates(found[0].ino, found[1]):
+            return None
+        attributes, asked_at = found
+        inode = core.inodes.learn(attributes, asked_at, parent=_parent_of(attributes, parent))
+        self._foresee(core.foreseen.after_hit(parent, name))
+        return self._looked_up(parent, name, inode)
+
     async def lookup(self, parent: int, name: bytes) -> Shown:
         """Counts as one reference of the kernel."""
         core = self._core
@@ -58,16 +71,17 @@ class Names:
             await core.attributes(parent)
             if core.fresh.lacks(parent, name):
                 raise DfsError(ErrorCode.NOT_FOUND)
-        found = core.foreseen.take(parent, name)
-        if found is not None and not core.inodes.outdates(found[0].ino, found[1]):
-            attributes, asked_at = found
-            inode = core.inodes.learn(attributes, asked_at, parent=_parent_of(attributes, parent))
-            self._foresee(core.foreseen.after_hit(parent, name))
-        else:
-            asked_at = core.inodes.now()
-            entry = await core.remote.lookup(parent, name)
-            inode = core.learn(entry, asked_at, _parent_of(entry.attributes, parent))
-            self._foresee(core.foreseen.after_miss(parent, name))
+        shown = self.lookup_at_once(parent, name)
+        if shown is not None:
+            return shown
+        asked_at = core.inodes.now()
+        entry = await core.remote.lookup(parent, name)
+        inode = core.learn(entry, asked_at, _parent_of(entry.attributes, parent))
+        self._foresee(core.foreseen.after_miss(parent, name))
+        return self._looked_up(parent, name, inode)
+
+    def _looked_up(self, parent: int, name: bytes, inode: Inode) -> Shown:
+        core = self._core
         if core.files.made.get((parent, name), inode.ino) != inode.ino:
             del core.files.made[parent, name]
         inode.lookups += 1

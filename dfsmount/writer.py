@@ -107,6 +107,16 @@ class Writer:
         for start in range(0, len(data), LAYER_BYTES):
             await self._write(file, offset + start, data[start : start + LAYER_BYTES])
 
+    def take(self, file: FileState, offset: int, data: bytes) -> bool:
+        """:meth:`write` if there is nothing to wait for; False: nothing was taken."""
+        length = len(data)
+        if length > LAYER_BYTES or length > self._credit or offset + length > FILE_SIZE_MAX:
+            return False
+        if self.dirty_bytes + length > self.options.max_dirty_bytes and self.dirty_bytes:
+            return False
+        self._accept(file, offset, data)
+        return True
+
     async def flush(self, file: FileState) -> None:
         """Returns when everything dirty at the call is part of the file at the metaserver, or lost: then ``file.error``
         says why and ``file.error_count`` has grown. Cancelling is safe."""

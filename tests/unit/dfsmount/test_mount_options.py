@@ -64,6 +64,8 @@ def test_sources_that_make_no_sense(text: str) -> None:
         ("key_file=/k,log_file=/l", {"key_file": Path("/k"), "log_file": Path("/l")}),
         ("attr_timeout=0,entry_timeout=2.5,timeout=7", {"attr_timeout": 0.0, "entry_timeout": 2.5, "timeout": 7.0}),
         ("cache_mib=64,dirty_mib=8", {"cache_mib": 64, "dirty_mib": 8}),
+        ("driver=libfuse", {"driver": "libfuse"}),
+        ("driver=libfuse,driver=direct", {}),
         ("hard", {"timeout": HARD_SECONDS}),
         ("hard,timeout=5", {"timeout": 5.0}),
         ("debug", {"debug": True}),
@@ -106,6 +108,8 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("cache_mib=1e3", "cache_mib=1e3"),
         ("dirty_mib=x", "dirty_mib=x"),
         ("key_file=", "key_file"),
+        ("driver=fast", "driver=fast: it must be a word: direct or libfuse"),
+        ("driver", "driver=..."),
     ],
 )
 def test_lists_that_make_no_sense(text: str, said: str) -> None:

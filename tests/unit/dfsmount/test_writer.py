@@ -122,6 +122,22 @@ async def test_memory_is_bounded_and_writers_wait_for_it(autojump_clock: trio.te
         assert bench.meta.content(file.ino) == b"".join(part(MIB, offset) for offset in range(40))
 
 
+async def test_bytes_are_taken_at_once_if_there_is_room_for_them(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_bench(writing=WriterOptions(max_dirty_bytes=2 * MIB)) as bench:
+        file = bench.create()
+        # Nothing is reserved yet.
+        assert not bench.writer.take(file, 0, b"x")
+        assert not file.is_dirty
+        await bench.writer.write(file, 0, b"x")
+        assert bench.writer.take(file, 1, part(MIB))
+        # Too much for memory, for one layer, for a file.
+        assert not bench.writer.take(file, 1 + MIB, part(MIB))
+        assert not bench.writer.take(file, 0, bytes(LAYER_BYTES + 1))
+        assert not bench.writer.take(file, FILE_SIZE_MAX, b"x")
+        await bench.writer.flush(file)
+        assert bench.meta.content(file.ino) == b"x" + part(MIB)
+
+
 async def test_one_write_larger_than_a_layer(autojump_clock: trio.testing.MockClock) -> None:
     async with open_bench() as bench:
         file = bench.create()

@@ -50,6 +50,13 @@ class FakeWriter:
             file.write(offset, data, self._meta.now_ns())
             self._files.append(file)
 
+    def take(self, file: FileState, offset: int, data: bytes) -> bool:
+        """At once only what follows other bytes, as if the first of a file had to wait for room."""
+        if not file.is_dirty:
+            return False
+        file.write(offset, data, self._meta.now_ns())
+        return True
+
     async def flush(self, file: FileState) -> None:
         self.flushed.append(file.ino)
         file.dirty.close()
