@@ -34,8 +34,8 @@ def sample(kind: msgspec.inspect.Type, numbers: Iterator[int]) -> Any:
             return [number, (1 << 40) + number, -number][number % 3] if number % 7 else (1 << 63) - number
         case msgspec.inspect.EnumType(cls):
             return list(cls)[next(numbers) % len(cls)]
-        case msgspec.inspect.BytesType():
-            return b"bytes \xff%d" % next(numbers)
+        case msgspec.inspect.BytesType(min_length, max_length):
+            return (b"bytes \xff%d" % next(numbers)).ljust(min_length or 0, b".")[:max_length]
         case msgspec.inspect.StrType():
             return f"text é {next(numbers)}"
         case msgspec.inspect.BoolType():
