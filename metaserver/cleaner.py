@@ -41,7 +41,7 @@ from metaserver.schema import Chunk, Replica
 
 log = structlog.get_logger(__name__)
 
-# Chunks remembered as worth cleaning; the slow walk finds others again when these are done.
+# Chunks remembered as worth cleaning, the better half of them at least; the slow walk finds the others again.
 MOST_CANDIDATES = 2_000
 # Ranges that one order may name, so that it stays far below HTTP_BODY_LIMIT (22 bytes each), as its result does.
 MOST_RANGES = 8192
@@ -60,8 +60,6 @@ _SERVERS_FAULT = {
 }
 # Copies of the new chunk that take longer are not to be had: its space is needed.
 COPY_SECONDS = 300.0
-# How much faster the cleaner may go when space is short.
-HASTE = 4
 
 
 class Phase(Enum):
@@ -121,8 +119,11 @@ class Cleaner:
         wanted = row.state == ChunkState.SEALED and (usage.small or usage.worth(cleaning.WORTH_WHEN_SHORT))
         if not wanted:
             self._candidates.pop(chunk, None)
-        elif chunk in self._candidates or len(self._candidates) < MOST_CANDIDATES:
-            self._candidates[chunk] = usage
+            return
+        self._candidates[chunk] = usage
+        if len(self._candidates) > MOST_CANDIDATES:
+            best = cleaning.best(self._candidates.values(), MOST_CANDIDATES // 2)
+            self._candidates = {usage.chunk: usage for usage in best}
 
     def result(self, order: Order, server: int, result: OrderResult) -> None:
         """A COMPACT order was carried out, or failed."""
@@ -164,11 +165,14 @@ class Cleaner:
                     self._repair.doubt(*at)
 
     def status(self) -> CleanerStatus:
-        worth = [usage for usage in self._candidates.values() if usage.worth(cleaning.WORTH)]
+        worth = self._worth()
         status = msgspec.structs.replace(self._done)
         status.candidates, status.dead_bytes = len(worth), sum(usage.gain for usage in worth)
         status.cleaning = sum(len(job.sources) for job in self._jobs.values())
         return status
+
+    def _worth(self) -> list[Usage]:
+        return [usage for usage in self._candidates.values() if usage.worth(cleaning.WORTH)]
 
     # -- the round -----------------------------------------------------------------------------------------------
 
@@ -292,8 +296,11 @@ class Cleaner:
 
     async def _begin(self) -> None:
         """Begins what may be begun now: one order at a server at a time, and not faster than is allowed."""
-        rate = self._config.clean_bytes_per_second * sum(member.up for member in self._members.by_id.values())
+        members = self._members.by_id.values()
         short = self._members.is_short(self._config.copies)
+        dead = sum(usage.gain * usage.copies for usage in self._worth())
+        haste = cleaning.HASTE if short else cleaning.haste(dead, sum(member.occupied for member in members))
+        rate = haste * self._config.clean_bytes_per_second * sum(member.up for member in members)
         while rate and self._clock.seconds >= self._next_job_at:
             places = self._places()
             group, target = self._choose(places, short)
@@ -306,8 +313,7 @@ class Cleaner:
             if not cleaning.enough(group):
                 continue
             cost = sum(usage.live for usage in group) * (1 + group[0].copies)
-            seconds = cost / (rate * HASTE if short else rate)
-            self._next_job_at = max(self._next_job_at, self._clock.seconds - 1.0) + seconds
+            self._next_job_at = max(self._next_job_at, self._clock.seconds - 1.0) + cost / rate
             self._order(target, {usage.chunk: usage for usage in group}, list(sources.values()))
 
     def _places(self) -> list[Candidate]:

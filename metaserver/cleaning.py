@@ -32,6 +32,9 @@ SMALL_GROUP = 16
 LEAST_GAIN = 1 << 20
 # Sources of one order: each has an index to be read.
 MOST_SOURCES = 64
+# How much faster the cleaner may go when space is short, and when it lags behind by twice this share of all that is
+# stored.
+HASTE, LAG = 4.0, 0.2
 # Candidates of which a group is chosen.
 _FIELD = 256
 _YOUNGEST_SECONDS, _OLDEST_SECONDS = 60.0, 86400.0
@@ -133,6 +136,22 @@ def _benefit(usage: Usage, now_ns: int) -> float:
 
 def _total_gain(group: Sequence[Usage]) -> int:
     return sum(usage.gain for usage in group)
+
+
+def best(candidates: Iterable[Usage], count: int) -> list[Usage]:
+    """The ``count`` of them that are most worth remembering: what is worth an order soon, then what frees most."""
+
+    def urgency(usage: Usage) -> tuple[bool, float]:
+        return usage.worth(WORTH) or usage.small, usage.gain / (usage.disk + usage.needed)
+
+    return nlargest(count, candidates, key=urgency)
+
+
+def haste(dead: int, stored: int) -> float:
+    """How many times faster than usual the cleaner may go if it could free ``dead`` of ``stored`` bytes: the more it
+    lags behind those who overwrite, the faster, so that disks never hold much more than twice what is live."""
+    share = dead / stored if stored else 0.0
+    return min(max(1.0, 1.0 + (share - LAG) / LAG * (HASTE - 1.0)), HASTE)
 
 
 def joined(ranges: Iterable[Range]) -> list[Range]:

@@ -36,9 +36,9 @@ PRESSING_SECONDS = 60.0
 # state by hand, and for readers with an old map, who ask again; neither is worth a full disk.
 SHORT_GRACE_SECONDS = 2.0
 # What is kept for the long grace takes up no more than this part of all that is stored, so that beside what the cleaner
-# leaves (below 1/0.6 of what is live) disks hold less than twice what is live; or, in small clusters, so much.
+# leaves (below 1/0.6 of what is live) disks hold less than twice what is live; or, in small clusters, a chunk's copies.
 MOST_KEPT_PART = 8
-MOST_KEPT_BYTES = 4 * CHUNK_CAPACITY
+MOST_KEPT_BYTES = 2 * CHUNK_CAPACITY
 
 
 # What the cleaner has at least, if that is not more than this part of a disk; the spare is by default that part.

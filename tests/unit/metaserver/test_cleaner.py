@@ -23,6 +23,7 @@ from metaserver.protocol import (
     ReplicaState,
 )  # fmt: skip
 from metaserver.reports import apply_report
+from metaserver.schema import Chunk
 
 MIB = 1 << 20
 LENGTH = 40 * MIB
@@ -424,3 +425,18 @@ async def test_rewriting_stops_when_the_new_chunk_proves_damaged(
                 break
         assert old in mapped(metaserver, ino)
         assert state(metaserver, old) is ChunkState.SEALED
+
+
+async def test_what_is_hardly_worth_it_does_not_keep_the_cleaner_from_what_is(
+    data: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large cluster has more chunks that are not quite worth cleaning than are remembered."""
+    monkeypatch.setattr("metaserver.cleaner.MOST_CANDIDATES", 10)
+    async with running(data, delete_grace_seconds=0.0) as metaserver:
+        cleaner = metaserver.parts.cleaner
+        for chunk in range(1000, 1030):
+            cleaner.note(chunk, Chunk(ChunkState.SEALED, 0, 0, 2, LENGTH, 640, 77, LENGTH * 7 // 10, 0, 0, 0))
+        mount, servers = await begun(metaserver)
+        ino = await mount.make(b"f")
+        await mostly_dead(mount, servers, ino, 0, [0, 5000])
+        await servers.until_ordered()

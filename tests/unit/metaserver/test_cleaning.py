@@ -41,6 +41,22 @@ def test_what_is_old_goes_before_what_may_yet_die_by_itself() -> None:
     assert chosen(usage(1, 60 * MIB, 20 * MIB, age=90), usage(2, 60 * MIB, 25 * MIB, age=3600)) == [2, 1]
 
 
+def test_what_is_remembered_is_what_is_most_worth_it() -> None:
+    half = [usage(number, 60 * MIB, 45 * MIB) for number in range(1, 20)]
+    dead, little = usage(90, 60 * MIB, 10 * MIB), usage(91, 1000, 1000)
+    assert not half[0].worth(cleaning.WORTH)
+    assert [each.chunk for each in cleaning.best([*half, little, dead], 3)] == [91, 90, 1]
+
+
+def test_the_cleaner_goes_faster_the_more_it_lags_behind() -> None:
+    assert cleaning.haste(0, 0) == 1.0
+    assert cleaning.haste(10, 100) == 1.0
+    assert cleaning.haste(20, 100) == 1.0
+    assert cleaning.haste(30, 100) == pytest.approx(2.5)
+    assert cleaning.haste(40, 100) == cleaning.HASTE
+    assert cleaning.haste(90, 100) == cleaning.HASTE
+
+
 def test_a_group_fits_into_the_room_and_wants_the_same_copies() -> None:
     many = [usage(number, 60 * MIB, 20 * MIB) for number in range(1, 9)]
     assert len(chosen(*many)) == 3
