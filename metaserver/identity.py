@@ -1,4 +1,8 @@
-"""Whose directory this is: ``identity.json`` in the data directory, made durably by the first start."""
+"""Whose directory this is: ``identity.json`` in the data directory, made durably by the first start.
+
+Fields: ``format`` (1), ``cluster_id``, ``role`` ("metaserver"), ``checksum`` (CRC-32C of the others, in hexadecimal;
+absent where older versions or an operator wrote the file).
+"""
 
 import errno
 import os
@@ -6,6 +10,7 @@ import uuid
 from pathlib import Path
 
 import msgspec
+from crc32c import crc32c
 
 FILE = "identity.json"
 ROLE = "metaserver"
@@ -28,6 +33,12 @@ class Identity(msgspec.Struct):
     format: int
     cluster_id: str
     role: str = ""
+    checksum: str = ""
+
+    @property
+    def expected(self) -> str:
+        """The checksum that belongs to the other fields."""
+        return f"{crc32c(f'{self.format} {self.cluster_id} {self.role}'.encode()):08x}"
 
 
 def open_directory(path: Path) -> Identity:
@@ -53,6 +64,8 @@ def load(path: Path) -> Identity | None:
     try:
         identity = msgspec.json.decode(data, type=Identity)
         uuid.UUID(identity.cluster_id)
+        if identity.checksum and identity.checksum != identity.expected:
+            raise ValueError("its checksum is of something else")
     except (msgspec.DecodeError, ValueError) as error:
         if b'"server"' in data:
             raise DataDirectoryError(_foreign(path)) from None
@@ -76,6 +89,7 @@ def _create(path: Path) -> Identity:
 def create(path: Path, cluster_id: str) -> Identity:
     """Writes the identity durably: from then on the directory is a metaserver's. Raises ``OSError``."""
     identity = Identity(FORMAT, cluster_id, ROLE)
+    identity.checksum = identity.expected
     temporary = path / (FILE + ".new")
     with temporary.open("wb") as file:
         file.write(msgspec.json.encode(identity) + b"\n")

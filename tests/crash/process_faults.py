@@ -46,12 +46,26 @@ TOLD_SECONDS = 10.0
 RUNNING, START = "running", "start"
 
 
+def flip(data: bytearray, chance: random.Random) -> None:
+    data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+
+
+def zero(data: bytearray, chance: random.Random) -> None:
+    data[:4096] = bytes(len(data[:4096]))
+
+
+def junk(data: bytearray, chance: random.Random) -> None:
+    data[:4096] = chance.randbytes(len(data[:4096]))
+
+
 class Kind(NamedTuple):
-    """A fault: which calls end how, and whether programs may be told of it as a full disk only."""
+    """A fault: which calls end how, and whether programs may be told of it as a full disk only. Or what a file holds
+    instead of what was written to it."""
 
     calls: tuple[str, ...]
     error: str
     full: bool = False
+    damage: Callable[[bytearray, random.Random], None] | None = None
 
 
 KINDS = {
@@ -63,11 +77,16 @@ KINDS = {
     "no new files": Kind(("create", "link", "mkdir"), "ENOSPC", full=True),
     "short write": Kind(("write",), SHORT),
     "read-only": Kind(CHANGES, "EROFS"),
+    "bit flip": Kind((), "", damage=flip),
+    "zeroed": Kind((), "", damage=zero),
+    "junk": Kind((), "", damage=junk),
 }
 # As a full disk is for files whose blocks are there already.
 NO_NEW_FILES = "no new files"
-WRITTEN = tuple(name for name in KINDS if name != NO_NEW_FILES)
-READ = ("EIO on read",)
+DAMAGES = tuple(name for name, kind in KINDS.items() if kind.damage is not None)
+WRITTEN = tuple(name for name in KINDS if name not in (NO_NEW_FILES, *DAMAGES))
+# What is small and read by a start only. (Damage of everything else: fault_matrix, test_single_faults.)
+READ = ("EIO on read", *DAMAGES)
 
 
 class Structure(NamedTuple):
@@ -101,6 +120,8 @@ STRUCTURES = {
     "chunk index, all servers": Structure(_ALL, "", when=(RUNNING,), stop=PAYLOAD_OFFSET, everywhere=True),
     "chunkserver's configuration": Structure("chunkserver1.toml", "chunkserver1", READ, (START,)),
     "chunkserver's identity": Structure("chunkserver1/identity*", "chunkserver1"),
+    "chunkserver's identity, one of two": Structure("chunkserver1/identity.json", "chunkserver1", DAMAGES, (START,)),
+    "chunkserver's identity, both": Structure("chunkserver1/identity*", "chunkserver1", DAMAGES, (START,)),
 }
 
 
@@ -166,6 +187,8 @@ class Trial:
         self.given_up: list[str] = []
         self.bad: list[str] = []
         self.marks: dict[str, int] = {}
+        # What the damaged files held.
+        self.damaged: dict[Path, bytes] = {}
         self.victim = cluster.real.mnt / f"victim{number}"
 
     def run(self, hold_seconds: float = HOLD_SECONDS) -> Outcome:
@@ -180,7 +203,8 @@ class Trial:
             put(self.victim, b"victim" * 100)
             self._begin_fault(load)
             self._hold(hold_seconds)
-            hits = sum(cluster.disk.set())
+            hits = sum(cluster.disk.set()) + len(self.damaged)
+            self._undo_damage()
             self._recover(load)
         finally:
             cluster.disk.set()
@@ -196,10 +220,31 @@ class Trial:
         if self.cell.when == START:
             self.cluster.kill(owner)
         self.cluster.disk.set(*self.cell.faults(self.server))
+        self._damage()
         self.cluster.disk.drop_caches()
         if self.cell.when == START:
             self.marks = self.cluster.marks()
             self.cluster.start(owner)
+
+    def _damage(self) -> None:
+        if self.kind.damage is None:
+            return
+        chance = random.Random(f"{self.number} {self.cell}")
+        for path in sorted(self.cluster.disk.backing.glob(self.structure.path)):
+            self.damaged[path] = path.read_bytes()
+            data = bytearray(self.damaged[path])
+            self.kind.damage(data, chance)
+            path.write_bytes(data)
+        assert self.damaged, "there is nothing to be damaged"
+
+    def _undo_damage(self) -> None:
+        """An operator puts the files back from a backup, and starts the server again, whatever it does."""
+        for path, content in self.damaged.items():
+            path.write_bytes(content)
+        if self.damaged:
+            self.cluster.disk.drop_caches()
+            self.cluster.kill(self.structure.owner)
+            self.cluster.start(self.structure.owner)
 
     def _server_of(self, load: BackgroundLoad) -> str:
         """Where the newest bytes of the load are: this mount writes one chunk at a time.
@@ -257,7 +302,7 @@ class Trial:
 
     def _is_met(self) -> bool:
         self.cluster.supervise()
-        return sum(self.cluster.disk.hits()) > 0
+        return sum(self.cluster.disk.hits()) > 0 or (bool(self.damaged) and bool(self.cluster.ended))
 
     def _has_started(self) -> bool:
         owner = self.structure.owner.format(server=self.server)

@@ -247,6 +247,22 @@ def test_data_directories_of_others_are_refused(tmp_path: Path) -> None:
     refused("joined", other, "belongs to a chunkserver")
     refused("newer", b'{"format":9,"cluster_id":"%s","role":"metaserver"}' % first.cluster_id.encode(), "format 9")
     refused("garbage", b"garbage", "damaged")
+    # Another cluster's id, to look at it: every chunkserver would be refused.
+    whole = (tmp_path / "new" / "deep" / "identity.json").read_bytes()
+    for number in range(8 * len(whole.rstrip())):
+        flipped = bytearray(whole)
+        flipped[number // 8] ^= 1 << number % 8
+        (tmp_path / "flipped").mkdir(exist_ok=True)
+        (tmp_path / "flipped" / "identity.json").write_bytes(flipped)
+        try:
+            assert identity.open_directory(tmp_path / "flipped").cluster_id == first.cluster_id
+        except DataDirectoryError as error:
+            assert "\n" not in str(error)
+    # Written by an older version, or by hand.
+    (tmp_path / "flipped" / "identity.json").write_bytes(
+        b'{"format":1,"cluster_id":"%s","role":"metaserver"}' % first.cluster_id.encode()
+    )
+    assert identity.open_directory(tmp_path / "flipped").cluster_id == first.cluster_id
     full = tmp_path / "full"
     full.mkdir()
     (full / "holiday.jpg").touch()
