@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dfsmount import dfs_completion, dfs_gateway, dfs_host, dfs_manage, dfs_member
+from dfsmount import dfs_completion, dfs_gateway, dfs_host, dfs_manage, dfs_member, dfs_verbs
 from dfsmount.dfs_options import AsJson, Data, KeyFile, Metaserver, Servers, end, find, print_json, say
 
 app = typer.Typer(
@@ -203,6 +203,7 @@ def scrub(
 
 dfs_manage.add_to(app)
 dfs_gateway.add_to(app)
+dfs_verbs.add_to(app)
 dfs_member.add_to(app)
 dfs_host.add_to(app)
 

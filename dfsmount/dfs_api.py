@@ -14,7 +14,9 @@ from metaserver.protocol import (
     CheckReport,
     CopiesStatus,
     Draining,
+    EntryPage,
     FileStatus,
+    Garbage,
     JoinTokenStatus,
     MakeJoinToken,
     MissingFile,
@@ -55,6 +57,13 @@ class ReplicaListing(msgspec.Struct):
     chain: str
     error: str
     path: str
+
+
+class SnapshotMade(msgspec.Struct):
+    """A snapshot file of the metaserver: where it is on its host, and the newest change it contains (epoch, number)."""
+
+    path: str
+    position: str
 
 
 class _Page(msgspec.Struct):
@@ -121,6 +130,17 @@ class Api:
 
     def revoke_join_token(self, token_id: str) -> JoinTokenStatus:
         return self._ask("DELETE", f"/v1/join-tokens/{quote(token_id, safe='')}", JoinTokenStatus)
+
+    def snapshot(self) -> SnapshotMade:
+        return self._ask("POST", "/v1/snapshot", SnapshotMade, CHECK_SECONDS)
+
+    def garbage(self, *, collect: bool = False) -> Garbage:
+        """``collect``: has what is there deleted now, as far as that may be."""
+        return self._ask("POST" if collect else "GET", "/v1/garbage", Garbage, CHECK_SECONDS)
+
+    def entries(self, ino: int, after: int = 0, *, itself: bool = False) -> EntryPage:
+        """A page of a directory; one entry for a file, or with ``itself`` for a directory."""
+        return self._get(f"/v1/entries/{ino}?after={after}&itself={int(itself)}", EntryPage, CHECK_SECONDS)
 
     def check(self) -> CheckReport:
         return self._get("/v1/check", CheckReport, CHECK_SECONDS)

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
 from dfsmount.dfs_api import Api
 from dfsmount.dfs_layout import Problem
 from dfsmount.dfs_show import console
@@ -52,6 +54,39 @@ def watching(quiet: bool) -> Iterator[Callable[[str], None]]:
                 print(text, flush=True)
 
         yield line
+
+
+@contextmanager
+def busy(text: str, *, quiet: bool) -> Iterator[None]:
+    """Shows on a terminal that something takes a while."""
+    out = console()
+    if quiet or not out.is_terminal:
+        yield
+    else:
+        with out.status(text):
+            yield
+
+
+@contextmanager
+def progress_bar(*, quiet: bool) -> Iterator[Callable[[str, float], None]]:
+    """How to show what is done now and how far it is (0 to 1): a bar on a terminal, nothing elsewhere."""
+    out = console()
+    if quiet or not out.is_terminal:
+        yield lambda text, part: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=out, transient=True) as progress:
+        task = progress.add_task("", total=1.0)
+        # Many thousand calls a second would be measured with what they are to show.
+        next_at = 0.0
+
+        def show(text: str, part: float) -> None:
+            nonlocal next_at
+            if time.monotonic() >= next_at:
+                next_at = time.monotonic() + 0.1
+                progress.update(task, description=text, completed=part)
+
+        yield show
 
 
 def drain_text(server: ServerStatus, rate: Rate) -> str:

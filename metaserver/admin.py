@@ -105,11 +105,11 @@ def routes(admin: Admin) -> list[Route]:
         return json_reply(await admin.drains.remove(request.path_params["server"], lose=told.lose))
 
     async def show_copies(request: Request) -> Response:
-        return json_reply(admin.get_copies(_ino(request)))
+        return json_reply(admin.get_copies(parse_ino(request)))
 
     async def set_copies(request: Request) -> Response:
         told = await read_json(request, SetCopies)
-        return json_reply(await admin.set_copies(_ino(request), told.copies))
+        return json_reply(await admin.set_copies(parse_ino(request), told.copies))
 
     async def show_rebalance(request: Request) -> Response:
         return json_reply(admin.balancer.status())
@@ -133,7 +133,7 @@ def routes(admin: Admin) -> list[Route]:
     ]
 
 
-def _ino(request: Request) -> int:
+def parse_ino(request: Request) -> int:
     text = request.path_params["ino"]
     if not text.isdecimal() or not 0 < int(text) < 1 << 64:
         raise DfsError(ErrorCode.INVALID, f"{text[:40]!r} is no inode number")

@@ -47,6 +47,11 @@ class Graces:
         if dead is not None:
             self.kept_bytes -= dead.bytes
 
+    def let_go(self, chunk: int) -> None:
+        """A DEAD chunk need not be kept any longer: somebody has said so."""
+        self.forget(chunk)
+        self._released.add(chunk)
+
     def due(self, chunk: int, *, pressing: bool) -> float:
         """When it may be deleted from a server on which space is ``pressing`` or not."""
         dead = self._dead.get(chunk)

@@ -2,7 +2,7 @@
 
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry
@@ -20,8 +20,7 @@ from metaserver.control import Control
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.history import History
 from metaserver.httpserver import json_reply, protected, read_json
-from metaserver.joins import OPEN_PATH, Joins
-from metaserver.joins import routes as join_routes
+from metaserver.joins import OPEN_PATH
 from metaserver.key import ClusterKey
 from metaserver.page import Page
 from metaserver.planning import Group
@@ -114,9 +113,9 @@ def make_app(
     admin: Admin,
     history: History,
     key: ClusterKey | None,
-    joins: Joins | None = None,
+    more: Sequence[Route] = (),
 ) -> Starlette:
-    """The application; every path but ``/health`` and, with ``joins``, their exchange needs the token of ``key``."""
+    """The application, with ``more`` routes; every path but ``/health`` and joining needs the token of ``key``."""
     registry = CollectorRegistry()
     page = Page()
     registry.register(ServiceMetrics(service, status))
@@ -182,7 +181,7 @@ def make_app(
         Route("/v1/check", show_check),
         Route("/v1/snapshot", make_snapshot, methods=["POST"]),
         *admin_routes(admin),
-        *(join_routes(joins) if joins is not None else ()),
+        *more,
         Route("/servers", servers),
         Route("/health", health),
         Route("/metrics", metrics),

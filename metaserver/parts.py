@@ -16,7 +16,9 @@ from metaserver.config import Config
 from metaserver.control import Control
 from metaserver.draining import Draining
 from metaserver.flushing import Flushing
+from metaserver.garbage import GarbageReader
 from metaserver.history import History, Seen
+from metaserver.listing import Listing
 from metaserver.losses import Losses
 from metaserver.members import Members
 from metaserver.planning import Group
@@ -90,6 +92,8 @@ class Parts:
         drains = Draining(committer, clock, members, repair, changes, sessions)
         losses = Losses(committer, members)
         self.admin = Admin(committer, config, changes, tasks, drains, balancer, losses, resuming.window)
+        self.garbage = GarbageReader(committer, repair, cleaner)
+        self.listing = Listing(committer, members, config.copies)
         self.history = History(self.seen, now_ns)
         chores = (balancer.tick, drains.ask_writers)
         self.aging = Aging(config, clock, sessions, members, changes, resuming, tasks, repair, cleaner, trash, chores)

@@ -1118,3 +1118,49 @@ class JoinRequest(Json):
 class JoinReply(Json):
     public: bytes
     sealed: bytes
+
+
+class Garbage(Json):
+    """What ``dfs gc`` shows. DEAD chunks: how many, the bytes of all their replicas, how many of them are in their
+    grace, and how long the last of those stays there. ``orphans``: files without a name that are still open, and their
+    bytes. ``unknown_replicas``: of chunks that the metaserver does not know. ``cleanable_chunks``: mostly dead, worth
+    rewriting, which would free so many bytes at one copy."""
+
+    dead_chunks: int = 0
+    dead_bytes: int = 0
+    waiting_chunks: int = 0
+    longest_wait_seconds: float = 0.0
+    orphans: int = 0
+    orphan_bytes: int = 0
+    unknown_replicas: int = 0
+    cleanable_chunks: int = 0
+    cleanable_bytes: int = 0
+
+
+class StoredEntry(Json):
+    """One line of ``dfs ls``. ``copies`` wanted, ``own_copies`` 0: by the cluster's default. ``least_copies``: good
+    ones on servers that are up, of the chunk that has the fewest. Of its ``chunks``, ``too_few`` have fewer than
+    wanted, ``missing`` none, ``open`` are still written to. ``name`` is base64 in JSON, and empty for a file asked for
+    itself.
+    """
+
+    name: bytes
+    ino: int
+    mode: int
+    size: int
+    allocated: int
+    copies: int
+    mtime_ns: int
+    own_copies: int = 0
+    chunks: int = 0
+    least_copies: int = 0
+    too_few: int = 0
+    missing: int = 0
+    open: int = 0
+
+
+class EntryPage(Json):
+    """``next``: the cookie to go on behind; 0 at the end."""
+
+    entries: list[StoredEntry]
+    next: int

@@ -448,6 +448,16 @@ class Repair:
         self._pressing = pressing
         deletions.wake(self._graces.release(sum(member.occupied for member in members.values()), now))
 
+    def let_go(self, chunk: int) -> None:
+        """A DEAD chunk is not to be kept for its grace."""
+        self._graces.let_go(chunk)
+        self._queues[Group.DELETIONS].wake([chunk])
+        self.look_at(chunk)
+
+    def grace_left(self, chunk: int) -> float:
+        """For how many seconds a DEAD chunk is kept yet, where space is not pressing."""
+        return max(0.0, self._graces.due(chunk, pressing=False) - self._clock.seconds)
+
     # -- finding what nobody told ----------------------------------------------------------------------------------
 
     def _go_on_walking(self) -> None:

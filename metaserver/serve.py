@@ -18,14 +18,13 @@ from typing import NamedTuple, TypeAlias
 import structlog
 import trio
 
-from metaserver import httpserver, identity, systemd, transport
+from metaserver import httpserver, identity, joins, looking, systemd, transport
 from metaserver.clock import steady_ns
 from metaserver.commit import Committer, Options, open_committer
 from metaserver.config import Config, ConfigError
 from metaserver.connection import accept_handshake
 from metaserver.errors import ConnectionLost, DfsError
 from metaserver.http import make_app
-from metaserver.joins import Joins
 from metaserver.key import ClusterKey, load_or_create_key
 from metaserver.parts import Parts
 from metaserver.protocol import ROLE
@@ -144,8 +143,11 @@ class _Acceptor:
 
 
 async def _start_http(nursery: trio.Nursery, config: Config, key: ClusterKey, parts: Parts) -> int:
-    joins = Joins(config.data_path, key, parts.cluster_id)
-    app = make_app(parts.service, parts.control, parts.status, parts.admin, parts.history, key, joins)
+    more = [
+        *joins.routes(joins.Joins(config.data_path, key, parts.cluster_id)),
+        *looking.routes(parts.garbage, parts.listing, parts.admin),
+    ]
+    app = make_app(parts.service, parts.control, parts.status, parts.admin, parts.history, key, more)
     try:
         bound: int = await nursery.start(httpserver.run_http, app, config.http_host, config.http_port)
     except OSError as error:
