@@ -86,6 +86,7 @@ async def open_client(
         on_new_session=lambda: made[0].vfs.new_session(),
         dirty_bytes=lambda: made[0].writer.dirty_bytes if made else 0,
         on_retire=lambda chunks: made[0].writer.retire(chunks) if made else None,
+        on_quotas=lambda: made[0].vfs.quotas_pushed() if made else None,
     )
     host = socket.gethostname()
     subdirectory = os.fsencode(source.subdirectory)

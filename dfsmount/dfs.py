@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dfsmount import dfs_completion, dfs_gateway, dfs_host, dfs_manage, dfs_member, dfs_verbs
+from dfsmount import dfs_completion, dfs_gateway, dfs_host, dfs_manage, dfs_member, dfs_usage, dfs_verbs
 from dfsmount.dfs_options import AsJson, Data, KeyFile, Metaserver, Servers, end, find, print_json, say
 
 app = typer.Typer(
@@ -205,6 +205,7 @@ dfs_manage.add_to(app)
 dfs_gateway.add_to(app)
 dfs_verbs.add_to(app)
 dfs_member.add_to(app)
+dfs_usage.add_to(app)
 dfs_host.add_to(app)
 
 

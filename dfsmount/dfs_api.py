@@ -21,12 +21,15 @@ from metaserver.protocol import (
     MakeJoinToken,
     MissingFile,
     Planned,
+    QuotaStatus,
     Rebalance,
     RebalanceStatus,
     Removal,
     ServerStatus,
     SetCopies,
+    SetQuota,
     Status,
+    TreeStatus,
 )
 
 AnswerT = TypeVar("AnswerT")
@@ -141,6 +144,22 @@ class Api:
     def entries(self, ino: int, after: int = 0, *, itself: bool = False) -> EntryPage:
         """A page of a directory; one entry for a file, or with ``itself`` for a directory."""
         return self._get(f"/v1/entries/{ino}?after={after}&itself={int(itself)}", EntryPage, CHECK_SECONDS)
+
+    def tree(self, ino: int) -> TreeStatus:
+        """What is in a directory and below."""
+        return self._get(f"/v1/trees/{ino}", TreeStatus, CHECK_SECONDS)
+
+    def quotas(self) -> list[QuotaStatus]:
+        return self._get("/v1/quotas", list[QuotaStatus])
+
+    def quota(self, ino: int) -> QuotaStatus:
+        return self._get(f"/v1/quotas/{ino}", QuotaStatus)
+
+    def set_quota(self, ino: int, told: SetQuota) -> QuotaStatus:
+        return self._post(f"/v1/quotas/{ino}", told, QuotaStatus, CHECK_SECONDS)
+
+    def remove_quota(self, ino: int) -> QuotaStatus:
+        return self._post(f"/v1/quotas/{ino}/remove", SetQuota(), QuotaStatus)
 
     def check(self) -> CheckReport:
         return self._get("/v1/check", CheckReport, CHECK_SECONDS)

@@ -44,13 +44,19 @@ def _undented(lines: Sequence[str]) -> list[str]:
 
 
 def commands(group: TyperGroup) -> Mapping[str, Command]:
-    """Those that are shown, by name."""
-    return {name: command for name, command in group.commands.items() if not command.hidden}
+    """Those that are shown, by name; those of a group have its name before theirs."""
+    found: dict[str, Command] = {}
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            found.update({f"{name} {verb}": inner for verb, inner in commands(command).items()})
+        elif not command.hidden:
+            found[name] = command
+    return found
 
 
 def page_name(verb: str) -> str:
-    """``dfs-drain`` for `dfs drain`, ``dfs`` for all of it."""
-    return f"dfs-{verb}" if verb else "dfs"
+    """``dfs-drain`` for `dfs drain`, ``dfs-trash-list`` for `dfs trash list`, ``dfs`` for all of it."""
+    return f"dfs-{verb}".replace(" ", "-") if verb else "dfs"
 
 
 def overview(group: TyperGroup, description: str, date: str, version: str) -> str:

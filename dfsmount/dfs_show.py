@@ -70,6 +70,10 @@ def sessions_table(sessions: Iterable[SessionStatus]) -> Table:
     return table(columns, rows, ("IDLE", "OPEN", "DIRTY"))
 
 
+def print_table(shown: Table) -> None:
+    console().print(shown)
+
+
 def console() -> Console:
     """Standard output. Not on a terminal: as wide as it takes, so that no line is cut or wrapped."""
     made = Console(highlight=False, soft_wrap=False)

@@ -41,7 +41,8 @@ class Layer:
     """
 
     __slots__ = (
-        "doomed", "mtime_ns", "pieces", "runs", "serial", "size", "starts", "stop", "taken", "truncate_generation"
+        "charge", "doomed", "mtime_ns", "pieces", "runs", "serial", "size", "starts", "stop", "taken",
+        "truncate_generation",
     )  # fmt: skip
 
     def __init__(self, serial: int, truncate_generation: int) -> None:
@@ -54,6 +55,8 @@ class Layer:
         self.runs = 0
         self.stop = 0
         self.taken = False
+        # Bytes that are held for it under a quota (``allowances.py``).
+        self.charge = 0
         # An older layer was lost: it must not become part of the file, and is not shown any more.
         self.doomed = False
 
@@ -202,6 +205,11 @@ class DirtyRuns:
             return False
         self._open = None
         return True
+
+    def charge(self, count: int) -> None:
+        """After a write: so many bytes are held for it under a quota."""
+        if self.layers:
+            self.layers[-1].charge += count
 
     def close(self) -> int:
         """Closes the open layer; the serial of the newest layer there is (or was)."""

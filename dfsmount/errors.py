@@ -29,6 +29,7 @@ ERRNO: dict[ErrorCode, int] = {
     ErrorCode.BUSY: errno.EBUSY,
     ErrorCode.IO: errno.EIO,
     ErrorCode.ARGUMENT_TOO_BIG: errno.E2BIG,
+    ErrorCode.QUOTA_EXCEEDED: errno.EDQUOT,
     ErrorCode.PROTOCOL: errno.EIO,
     ErrorCode.WRONG_VERSION: errno.EIO,
     ErrorCode.WRONG_CLUSTER: errno.EIO,

@@ -48,6 +48,8 @@ class FileState:
         self.streamed = 0
         self.stream_stop = 0
         self.lane = 0
+        # The directory with the quota that its bytes count under, 0: none, -1: not known (``allowances.py``).
+        self.quota = entry.quota
         self._truncating: int | None = None
         # Whether the newest truncate has dropped bytes that were nowhere else.
         self._dropped = False

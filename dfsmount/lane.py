@@ -47,7 +47,7 @@ LEAST_ATTEMPTS = 4
 COMMIT_SECONDS = 30.0
 SESSION_OVER = frozenset({ErrorCode.NOT_OWNER, ErrorCode.STALE_SESSION})
 # What a program is told as it is; anything else is an input/output error to it.
-TOLD = frozenset({ErrorCode.NO_SPACE, ErrorCode.FILE_TOO_BIG})
+TOLD = frozenset({ErrorCode.NO_SPACE, ErrorCode.FILE_TOO_BIG, ErrorCode.QUOTA_EXCEEDED})
 
 
 class Owner(Protocol):
@@ -63,6 +63,8 @@ class Owner(Protocol):
     no_space_seconds: float
 
     def settled(self, file: FileState, cost: int) -> None: ...
+
+    def spent(self, file: FileState, charge: int) -> None: ...
 
     def room_lost(self) -> None: ...
 
@@ -402,6 +404,8 @@ class Lane:
                 file.places[batch.chunk.chunk] = batch.chunk.servers
             cost = item.layer.cost
             if file.committed(item.layer, next(attributes), extents):
+                if item.layer.charge:
+                    self._writer.spent(file, item.layer.charge)
                 self._writer.settled(file, cost)
 
     def _refused(self, items: list[Placed], error: DfsError) -> None:

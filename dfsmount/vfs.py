@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import structlog
 import trio
 
+from dfsmount.allowances import UNKNOWN
 from dfsmount.config import FLUSH_XATTR
 from dfsmount.handles import OpenFile
 from dfsmount.vfs_core import Core, Shown
@@ -192,8 +193,15 @@ class Vfs:
     def changed_pushed(self, inos: Sequence[int]) -> None:
         self.core.doubt_contents(inos)
 
+    def quotas_pushed(self) -> None:
+        """Which quota a file is under, and what is held, has to be asked again."""
+        self.core.writer.forget_quotas()
+        for file in self.core.files:
+            file.state.quota = UNKNOWN
+
     def opened(self) -> list[Opened]:
         """Asked for after a connection was lost, and pushes with it: whatever is open may have changed."""
+        self.quotas_pushed()
         self.core.inodes.doubt_all()
         self.core.fresh.give_up_all()
         self.core.foreseen.forget_all()

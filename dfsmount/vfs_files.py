@@ -56,6 +56,8 @@ class Files:
             entry = await core.remote.open(ino, writing=level)
             inode = core.learn(entry, asked_at)
             file = self._register(inode, entry, level)
+            if level:
+                file.state.quota = entry.quota
             # Somebody changed it while the question was open: the answer may be from before.
             file.stale = asked_at < inode.doubted_at
         keep_cache = inode.kernel_version == entry.attributes.data_version

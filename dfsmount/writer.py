@@ -13,6 +13,7 @@ from itertools import count
 import structlog
 import trio
 
+from dfsmount.allowances import Allowances
 from dfsmount.chunkwriter import OpenChunk, Requests
 from dfsmount.dirty import LAYER_BYTES
 from dfsmount.filestate import FileState
@@ -74,6 +75,7 @@ class Writer:
         self.lanes = [Lane(number, self) for number in range(LANES)]
         self._jobs = Jobs()
         self._files: dict[FileState, None] = {}
+        self.allowances = Allowances(meta, lambda: self._files, self.flush, self._jobs)
         self._credit = 0
         self._refused_at = -math.inf
         self._reserving = trio.Lock()
@@ -95,9 +97,9 @@ class Writer:
     async def write(self, file: FileState, offset: int, data: bytes) -> None:
         """Takes ``data``, which must never change. Waits only for memory and for space in the cluster.
 
-        Raises NO_SPACE, or UNAVAILABLE or TIMEOUT if the cluster cannot be asked, or why earlier bytes of the file were
-        lost meanwhile; nothing, or a first part (as ``file.size`` shows if it grew) was then taken. Cancelling is as
-        safe.
+        Raises NO_SPACE, QUOTA_EXCEEDED, or UNAVAILABLE or TIMEOUT if the cluster cannot be asked, or why earlier bytes
+        of the file were lost meanwhile; nothing, or a first part (as ``file.size`` shows if it grew) was then taken.
+        Cancelling is as safe.
         """
         if offset + len(data) > FILE_SIZE_MAX:
             raise DfsError(ErrorCode.FILE_TOO_BIG)
@@ -114,7 +116,9 @@ class Writer:
             return False
         if self.dirty_bytes + length > self.options.max_dirty_bytes and self.dirty_bytes:
             return False
-        self._accept(file, offset, data)
+        if file.quota and not self.allowances.take(file, length):
+            return False
+        self._accept(file, offset, data, length if file.quota else 0)
         return True
 
     async def flush(self, file: FileState) -> None:
@@ -187,11 +191,16 @@ class Writer:
                 log.info("ending a chunk that is to be repaired", chunk=repr(lane.chunk))
                 lane.retire_chunk()
 
+    def forget_quotas(self) -> None:
+        """What is held under quotas is to be asked for again."""
+        self.allowances.forget()
+
     def abandon_all(self, error: DfsError) -> None:
         """The session is lost and its chunks with it: all dirty bytes fail with ``error``."""
         for lane in self.lanes:
             lane.abandon()
         self.supply.new_session()
+        self.allowances.forget()
         for file in [*self._files]:
             self.schedule.forget(file)
             file.abandon(error)
@@ -213,18 +222,21 @@ class Writer:
             await self._memory.park()
         if len(data) > self._credit:
             await self._reserve(len(data))
+        charge = await self.allowances.admit(file, offset, len(data)) if file.quota else 0
         lost = file.error_since(failures)
         if lost is not None:
             # Otherwise these bytes would come behind a hole, and be kept (P3).
             raise lost
-        self._accept(file, offset, data)
+        self._accept(file, offset, data, charge)
 
-    def _accept(self, file: FileState, offset: int, data: bytes) -> None:
+    def _accept(self, file: FileState, offset: int, data: bytes, charge: int) -> None:
         if not data:
             return
         self._credit -= len(data)
         before = file.dirty.cost
         full = file.write(offset, data, self.meta.now_ns())
+        if charge:
+            file.dirty.charge(charge)
         self.dirty_bytes += file.dirty.cost - before
         self._files[file] = None
         if not before and file.attributes.copies and file.attributes.copies != self.meta.copies:
@@ -296,6 +308,10 @@ class Writer:
         """A chunk that was counted on takes nothing more."""
         self._credit = 0
 
+    def spent(self, file: FileState, charge: int) -> None:
+        """A layer is committed for which so many bytes were held under a quota."""
+        self.allowances.spent(file.quota, charge)
+
     def settled(self, file: FileState, cost: int) -> None:
         """Layers of ``file`` that took ``cost`` bytes are committed or given up."""
         self._released(file, cost)
@@ -334,6 +350,7 @@ class Writer:
             now = trio.current_time()
             if self.schedule.expire(now):
                 self._wake_all()
+            self.allowances.give_back(now)
             if now >= checked + min(self._idle_seconds, MAKESHIFT_SECONDS):
                 self._retire_idle(now)
                 checked = now

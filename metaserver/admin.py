@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from metaserver import copies, inodes
+from metaserver import copies, inodes, treecontrol
 from metaserver.balancing import Balancer
 from metaserver.changes import Changes
 from metaserver.commit import Committer
@@ -20,6 +20,7 @@ from metaserver.protocol import CopiesStatus, Draining, Rebalance, RebalanceStat
 from metaserver.resume import Window
 from metaserver.schema import Inode, Task, TaskKind, Transaction
 from metaserver.tasks import Tasks
+from metaserver.treecontrol import TreeControl
 
 
 class Admin:
@@ -35,6 +36,7 @@ class Admin:
         balancer: Balancer,
         losses: Losses,
         window: Window,
+        trees: TreeControl,
     ) -> None:
         self._committer = committer
         self._config = config
@@ -44,6 +46,7 @@ class Admin:
         self.drains = drains
         self.balancer = balancer
         self.losses = losses
+        self.trees = trees
 
     # -- copies --------------------------------------------------------------------------------------------------
 
@@ -130,6 +133,7 @@ def routes(admin: Admin) -> list[Route]:
         Route("/v1/rebalance", show_rebalance),
         Route("/v1/rebalance", rebalance, methods=["POST"]),
         Route("/v1/missing", missing),
+        *treecontrol.routes(admin.trees, admin.require_changes),
     ]
 
 

@@ -18,6 +18,7 @@ from metaserver.extents import TooManyRows
 from metaserver.inodes import Effects
 from metaserver.members import Members
 from metaserver.protocol import CHANGED, Allocated, Changed, Commit, Entry, FileCommit, Made, Touched, TouchInodes
+from metaserver.quotas import Quotas
 from metaserver.repair import Repair
 from metaserver.schema import Transaction
 from metaserver.sessions import Sessions, SessionState
@@ -48,6 +49,7 @@ class Changes:
         repair: Repair,
         tasks: Tasks,
         trash: Trash,
+        quotas: Quotas,
         steady_ns: Callable[[], int],
     ) -> None:
         self._committer = committer
@@ -58,6 +60,7 @@ class Changes:
         self._repair = repair
         self._tasks = tasks
         self._trash = trash
+        self._quotas = quotas
         self._steady_ns = steady_ns
         self.refusing = ""
         # How many inodes there are.
@@ -140,6 +143,8 @@ class Changes:
             # Of a directory a session wants to hear what others do in it; it never has anything to be fetched.
             ino, writing = made.entry.attributes.ino, not stat.S_ISDIR(made.entry.attributes.mode)
             self._sessions.open(session, ino, writing=writing)
+            if writing and self._quotas.active:
+                made.entry.quota = self._quotas.innermost(ino)
             if session.resuming and request.replay is None:
                 # Its client could not declare what it has no answer about.
                 session.declared.add(ino)
@@ -167,11 +172,18 @@ class Changes:
         message, effects = request.message, Effects()
         openers = self._sessions.opened_by
         keep = self._trash.keeper(session.row.host, again=request.replay is not None)
+
+        def rename(tx: Transaction, now_ns: int) -> protocol.Renamed:
+            renamed = namespace.rename(tx, now_ns, message, openers, effects, keep)
+            if request.replay is None:
+                self._quotas.require_same(message.parent, message.new_parent)
+            return renamed
+
         change = self._change(
             session,
             request,
             protocol.RENAME.decode_reply,
-            lambda tx, now: namespace.rename(tx, now, message, openers, effects, keep),
+            rename,
             frees=True,
         )
         self.carry_out(effects)
@@ -180,9 +192,14 @@ class Changes:
 
     def _link(self, session: SessionState, request: Request[Any]) -> Applied:
         message = request.message
-        change = self._change(
-            session, request, protocol.LINK.decode_reply, lambda tx, now: namespace.link(tx, now, message)
-        )
+
+        def link(tx: Transaction, now_ns: int) -> protocol.Attributes:
+            linked = namespace.link(tx, now_ns, message)
+            if request.replay is None:
+                self._quotas.require_link(message.ino, message.new_parent)
+            return linked
+
+        change = self._change(session, request, protocol.LINK.decode_reply, link)
         self._tell(session.id, (message.ino, message.new_parent))
         return self._applied(change)
 

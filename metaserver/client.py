@@ -75,6 +75,7 @@ class Hooks(msgspec.Struct):
     on_new_session: Callable[[], None]
     dirty_bytes: Callable[[], int] = lambda: 0
     on_retire: Callable[[Sequence[int]], None] = lambda chunks: None
+    on_quotas: Callable[[], None] = lambda: None
 
 
 class RemoteClock:
@@ -645,6 +646,9 @@ class MetaClient:
             return Reply(wire.Empty())
         if incoming.method == protocol.RETIRE.number:
             self._hooks.on_retire(protocol.RETIRE.decode_request(incoming.body).message.chunks)
+            return Reply(wire.Empty())
+        if incoming.method == protocol.QUOTAS_CHANGED.number:
+            self._hooks.on_quotas()
             return Reply(wire.Empty())
         if incoming.method == protocol.FLUSH.number:
             return self._flush(connection, protocol.FLUSH.decode_request(incoming.body).message)

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import trio
 
@@ -22,6 +22,7 @@ from metaserver.files import Files
 from metaserver.ids import IdsUsedUp
 from metaserver.overlay import row_key
 from metaserver.protocol import CheckReport
+from metaserver.quotas import Charge
 from metaserver.schema import BOOT, IdKind, StoredAnswer, Table, Transaction, answer_key
 from metaserver.snapshot import Snapshot
 from metaserver.start import Options, read_boot_id, start
@@ -49,9 +50,21 @@ class Change(NamedTuple, Generic[T]):
     repeated: bool = False
 
 
+class Accounts(Protocol):
+    """Keeps account of what changes add to trees (``quotas.py``)."""
+
+    def judge(self, session: int, writes: dict[bytes, bytes | None], now_ns: int, *, enforced: bool) -> Charge | None:
+        """Raises ``DfsError`` if the change with these rows, by row key, must not happen; may add rows."""
+
+    def settle(self, charge: Charge) -> None:
+        """It has happened."""
+
+
 class Committer(Engine):
     """One epoch of the metaserver's state. Make it with :func:`open_committer`."""
 
+    # Who looks at each change before it happens, and may refuse it.
+    accounts: Accounts | None = None
     # What the reply to the last read() or change() has to wait for, also if that raised.
     wait_for = 0
 
@@ -120,8 +133,16 @@ class Committer(Engine):
             # Exactly the first answer's, which lies in the past; what claims otherwise must not move the clock.
             now_ns = min(now_ns, replay.time_ns)
         message = function(transaction, now_ns)
+        if self.accounts is None:
+            transaction.finish()
+            return self._finish(transaction, operation, message, now_ns)
+        # What was answered once is owed, whatever it passes.
+        charge = self.accounts.judge(transaction.session, transaction.writes, now_ns, enforced=replay is None)
         transaction.finish()
-        return self._finish(transaction, operation, message, now_ns)
+        change = self._finish(transaction, operation, message, now_ns)
+        if charge is not None:
+            self.accounts.settle(charge)
+        return change
 
     def _finish(self, transaction: ChangeTransaction, operation: int, message: T, now_ns: int) -> Change[T]:
         ids = tuple(transaction.ids)

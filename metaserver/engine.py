@@ -23,6 +23,7 @@ from metaserver.protocol import LastNumber
 from metaserver.schema import BOOT, Boot, Table
 from metaserver.start import PROBE_NAME, RESERVE_NAME, Options, Started, make_reserve, position_rows
 from metaserver.store import CorruptStore, MapFull, StoreFull, View
+from metaserver.transaction import Layers
 
 log = structlog.get_logger()
 
@@ -268,6 +269,10 @@ class Engine:
         if reserve.exists():
             log.error("the reserve is used up")
             await self.run_sync(self.files.delete, reserve)
+
+    @property
+    def layers(self) -> Layers:
+        return self._layers
 
     @property
     def is_full(self) -> bool:

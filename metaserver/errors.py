@@ -31,6 +31,7 @@ class ErrorCode(IntEnum):
     BUSY = 19
     IO = 20
     ARGUMENT_TOO_BIG = 21
+    QUOTA_EXCEEDED = 22
 
     PROTOCOL = 100
     WRONG_VERSION = 101

@@ -23,6 +23,7 @@ from metaserver.losses import Losses
 from metaserver.members import Members
 from metaserver.planning import Group
 from metaserver.protocol import ROOT_INO
+from metaserver.quotas import Quotas
 from metaserver.repair import Repair
 from metaserver.resume import Resuming
 from metaserver.schema import (
@@ -44,6 +45,7 @@ from metaserver.space import LEAST_LIMIT
 from metaserver.status import StatusReader
 from metaserver.tasks import Tasks
 from metaserver.trashing import Trash
+from metaserver.treecontrol import TreeControl
 
 
 class Parts:
@@ -71,8 +73,12 @@ class Parts:
         repair.noted, repair.compacted = cleaner.note, cleaner.result
         self.tasks = tasks = Tasks(committer, config, members)
         self.trash = trash = Trash(committer, config, members, clock, now_ns)
+        self.quotas = quotas = Quotas(committer.layers.get)
+        committer.accounts = quotas
+        sessions.removed = quotas.ended
+        self.trees = TreeControl(committer, quotas, now_ns, sessions.tell_quotas_changed)
         self.changes = changes = Changes(
-            committer, config, clock, sessions, members, repair, tasks, trash, steady_ns or now_ns
+            committer, config, clock, sessions, members, repair, tasks, trash, quotas, steady_ns or now_ns
         )
         trash.carry_out = changes.carry_out
         tasks.carry_out, tasks.sealed, tasks.removed = changes.carry_out, repair.sealed, repair.removed
@@ -81,7 +87,19 @@ class Parts:
             committer, config, cluster_id, sessions, changes, flushing, tasks, clock, now_ns
         )
         self.service = service = Service(
-            committer, config, clock, sessions, members, changes, flushing, resuming, repair, tasks, trash
+            committer,
+            config,
+            clock,
+            sessions,
+            members,
+            changes,
+            flushing,
+            resuming,
+            repair,
+            tasks,
+            trash,
+            quotas,
+            now_ns,
         )
         self.control = Control(committer, config, cluster_id, clock, members, repair, changes, resuming.window, service)
         balancer = Balancer(committer, config, clock, members, repair)
@@ -91,11 +109,11 @@ class Parts:
         )  # fmt: skip
         drains = Draining(committer, clock, members, repair, changes, sessions)
         losses = Losses(committer, members)
-        self.admin = Admin(committer, config, changes, tasks, drains, balancer, losses, resuming.window)
+        self.admin = Admin(committer, config, changes, tasks, drains, balancer, losses, resuming.window, self.trees)
         self.garbage = GarbageReader(committer, repair, cleaner)
         self.listing = Listing(committer, members, config.copies)
         self.history = History(self.seen, now_ns)
-        chores = (balancer.tick, drains.ask_writers)
+        chores = (balancer.tick, drains.ask_writers, self.trees.recount)
         self.aging = Aging(config, clock, sessions, members, changes, resuming, tasks, repair, cleaner, trash, chores)
 
     def load(self) -> None:
@@ -112,6 +130,7 @@ class Parts:
             # Its limit is not known any more; reserving a whole chunk's would leave nothing to others on small disks.
             self.members.opened(chunk, owner, servers, length, length + LEAST_LIMIT)
         self.sessions.orphans.update(orphans)
+        self.trees.load()
         kept, _ = self.committer.read(0, lambda tx: tx.get(Table.COUNTERS, KEPT_CHUNKS))
         self.repair.kept_below = 0 if kept is None else read_u64(kept)
         self.cleaner.load()

@@ -7,7 +7,7 @@ Changes carry an operation number in their envelope (see ``wire.Request``) and h
 """
 
 from enum import IntEnum, IntFlag
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import msgspec
 
@@ -100,11 +100,14 @@ class FileMap(Message):
 
 
 class Entry(Message):
-    """An inode, with its extents if the map is short (``map`` complete), and the target if it is a symlink."""
+    """An inode, with its extents if the map is short (``map`` complete), and the target if it is a symlink. ``quota``,
+    told with OPEN and MAKE: the directory with the innermost quota that limits what is written to it, 0 if there is
+    none."""
 
     attributes: Attributes
     map: FileMap | None = None
     target: bytes = b""
+    quota: int = 0
 
 
 class DirectoryEntry(Message):
@@ -478,11 +481,14 @@ class StatFs(Message):
 
 
 class FsStats(Message):
-    """``total`` and ``free`` are bytes that can be stored with as many copies as ``StatFs.ino`` is to have."""
+    """``total`` and ``free`` are bytes that can be stored with as many copies as ``StatFs.ino`` is to have, or as a
+    quota on its directory, or one above, allows. ``free_inodes``: how many more may be made, -1: as many as one
+    likes."""
 
     total: int
     free: int
     inodes: int
+    free_inodes: int = -1
 
 
 # -- data plane: chunks ------------------------------------------------------------------------------------------
@@ -547,6 +553,25 @@ class Committed(Message):
 
     attributes: tuple[Attributes, ...]
     gone: tuple[int, ...]
+
+
+class Reserve(Message):
+    """Asks for room under the innermost quota above ``ino``: for ``wanted`` bytes in all that this session has written
+    there, or is about to write, and not committed. Fewer than before gives some back. -1: only says which quota it
+    is."""
+
+    ino: int
+    wanted: int
+
+
+class Reserved(Message):
+    """``quota``: the directory with that quota; 0: nothing limits what is written. ``granted`` bytes are the session's
+    now until it commits them; less than wanted if there are no more. ``wait``: others will give some back, or use
+    it, within moments."""
+
+    quota: int
+    granted: int = 0
+    wait: bool = False
 
 
 class Seal(Message):
@@ -646,6 +671,9 @@ FLUSH = Method(60, "flush", Flush, Empty)
 FLUSHED = Method(61, "flushed", Flushed, Empty)
 CHANGED = Method(62, "changed", Changed, Empty)
 RETIRE = Method(63, "retire", Retire, Empty)
+RESERVE = Method(64, "reserve", Reserve, Reserved)
+# Push: quotas have come, gone or changed; which one a file is under has to be asked again.
+QUOTAS_CHANGED = Method(65, "quotas_changed", Empty, Empty)
 
 # Methods that change metadata: they carry an operation number, are logged, and are resent when lost.
 CHANGES = frozenset(
@@ -666,6 +694,9 @@ CHANGES = frozenset(
 # GET  /v1/rebalance                 RebalanceStatus
 # POST /v1/rebalance                 Rebalance -> RebalanceStatus
 # GET  /v1/missing                   list of MissingFile
+# GET  /v1/trees/{ino}               TreeStatus, what is in a directory and all below
+# GET  /v1/quotas                    list of QuotaStatus;  GET /v1/quotas/{ino}
+# POST /v1/quotas/{ino}              SetQuota -> QuotaStatus;  POST /v1/quotas/{ino}/remove -> QuotaStatus
 #   (in these {server} is a number or a name)
 # GET  /v1/check                     CheckReport;  POST /v1/snapshot makes a snapshot file
 # GET  /servers                      list of ServerStatus;  GET /metrics;  GET /health (without a token)
@@ -1026,6 +1057,50 @@ class CopiesStatus(Json):
     default: int
     directory: bool
     setting: bool
+
+
+class QuotaStatus(Json):
+    """A quota of the directory ``ino`` (``path`` from the root) and what is used of it, the directory itself not
+    counted. 0: no such limit. ``*_grace_left``: seconds until the soft limit becomes a hard one; -1: it is not
+    passed."""
+
+    ino: int
+    path: str
+    used_bytes: int
+    used_inodes: int
+    bytes_soft: int
+    bytes_hard: int
+    inodes_soft: int
+    inodes_hard: int
+    grace_seconds: float
+    bytes_grace_left: float
+    inodes_grace_left: float
+
+
+class SetQuota(Json):
+    """None leaves a limit as it is (a new quota: none), 0 takes it away."""
+
+    # As quota(8).
+    DEFAULT_GRACE_SECONDS: ClassVar[int] = 7 * 24 * 3600
+
+    bytes_soft: int | None = None
+    bytes_hard: int | None = None
+    inodes_soft: int | None = None
+    inodes_hard: int | None = None
+    grace_seconds: float | None = None
+
+
+class TreeStatus(Json):
+    """What is in a directory and all below, itself included; or what a file has. ``files`` are all that are no
+    directories, each once; ``allocated`` and ``size`` bytes are theirs. ``quota`` if it has one itself."""
+
+    ino: int
+    directory: bool
+    files: int
+    directories: int
+    allocated: int
+    size: int
+    quota: QuotaStatus | None = None
 
 
 class Rebalance(Json):

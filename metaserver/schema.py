@@ -66,6 +66,7 @@ TREES      ino u64                        :class:`Tree`: what is COUNTED below t
 TRASH      expires u64, ino u64           :class:`Trashed`, msgpack: a file, symlink or directory that was deleted, what
                                           is to go first first. expires is in ns since 1970, and also the inode's
                                           ``next_cookie``. A directory is there only if it HAS_TRASH.
+QUOTAS     ino u64                        :class:`Quota`, msgpack: limits of what is in this directory, and below.
 LINKS      ino u64, parent u64,           empty: one row for each name of a COUNTED inode but the one that its row
            cookie u64                     tells; (parent, cookie) is the name's LISTING key.
 ========== ============================== =====================================================================
@@ -105,6 +106,7 @@ class Table(IntEnum):
     COUNTERS = 16
     TOTALS = 17
     TREES = 18
+    QUOTAS = 19
     TRASH = 20
     LINKS = 26
 
@@ -244,6 +246,10 @@ def trash_key(expires_ns: int, ino: int) -> bytes:
 
 def link_key(ino: int, parent: int, cookie: int) -> bytes:
     return _U64_U64_U64.pack(ino, parent, cookie)
+
+
+def quota_key(ino: int) -> bytes:
+    return _U64.pack(ino)
 
 
 def survived_key(epoch: int) -> bytes:
@@ -498,6 +504,19 @@ class Trashed(PackedMessage):
     allocated: int
     directory: bool
     host: str = ""
+
+
+class Quota(PackedMessage):
+    """Limits in bytes (of data, one copy) and inodes, 0: none. ``*_since_ns``: since when usage is above the soft one,
+    0: it is not; after ``grace_ns`` of that the soft limit is a hard one."""
+
+    bytes_soft: int
+    bytes_hard: int
+    inodes_soft: int
+    inodes_hard: int
+    grace_ns: int
+    bytes_since_ns: int = 0
+    inodes_since_ns: int = 0
 
 
 class StoredAnswer(PackedMessage):

@@ -14,6 +14,7 @@ import trio
 
 from metaserver import chunks, contents, directories, inodes, namespace, protocol, sessions, xattrs
 from metaserver.changes import Applied, Changes
+from metaserver.chunks import Rank
 from metaserver.clock import LivedClock
 from metaserver.commit import Committer
 from metaserver.config import Config
@@ -23,6 +24,7 @@ from metaserver.flushing import Flushing
 from metaserver.members import Members
 from metaserver.outcomes import DOUBTS
 from metaserver.protocol import Entry
+from metaserver.quotas import Quotas
 from metaserver.repair import Repair
 from metaserver.resume import Resuming
 from metaserver.schema import Session, Transaction
@@ -137,6 +139,8 @@ class Service:
         repair: Repair,
         tasks: Tasks,
         trash: Trash,
+        quotas: Quotas,
+        now_ns: Callable[[], int],
     ) -> None:
         self.committer = committer
         self.config = config
@@ -149,6 +153,8 @@ class Service:
         self.repair = repair
         self.tasks = tasks
         self.trash = trash
+        self.quotas = quotas
+        self._now_ns = now_ns
         self.servers_up = trio.Event()
         self._space_told = trio.Event()
         self.table = self._table()
@@ -189,6 +195,7 @@ class Service:
             Served(protocol.ALLOCATE, self._allocate),
             Served(protocol.COMMIT, self._commit),
             Served(protocol.SEAL, change(protocol.SEAL)),
+            Served(protocol.RESERVE, self._reserve),
         ]
         return {one.method.number: one for one in served}
 
@@ -308,12 +315,30 @@ class Service:
             )
             self.sessions.orphans.add(message.ino)
         self.sessions.open(session, message.ino, writing=message.writing)
+        entry.quota = self._quota_for(message)
         writers = self.sessions.other_writers((message.ino,), session.id)
         if writers:
             return self._after_flush(
-                client, writers, lambda: self._read(client, lambda tx: contents.entry(tx, message.ino, rank))
+                client, writers, lambda: self._read(client, lambda tx: self._opened(tx, message, rank))
             )
         return self._answer(entry, wait_for)
+
+    def _opened(self, tx: Transaction, message: protocol.Open, rank: Rank) -> Entry:
+        entry = contents.entry(tx, message.ino, rank)
+        entry.quota = self._quota_for(message)
+        return entry
+
+    def _quota_for(self, message: protocol.Open) -> int:
+        return self.quotas.innermost(message.ino) if message.writing and self.quotas.active else 0
+
+    def _reserve(self, client: Client, request: Request[Any]) -> Result:
+        message = request.message
+        if message.wanted < 0:
+            reserved = protocol.Reserved(self.quotas.innermost(message.ino))
+        else:
+            granted = self.quotas.grant(client.known.id, message.ino, message.wanted, self._now_ns())
+            reserved = protocol.Reserved(*granted)
+        return Reply(reserved, (), 0, self.committer.durable)
 
     def _close(self, client: Client, request: Request[Any]) -> Result:
         session = client.known
@@ -344,7 +369,9 @@ class Service:
         # What was deleted goes when its space is needed.
         free = min(total, free + self.trash.bytes)
         inodes_in_use = self.changes.inodes - self.trash.files
-        return Reply(protocol.FsStats(total, free, inodes_in_use), (), 0, self.committer.durable)
+        stats = protocol.FsStats(total, free, inodes_in_use)
+        room = self.quotas.room(ino, self._now_ns())
+        return Reply(stats if room is None else _within(stats, *room), (), 0, self.committer.durable)
 
     # -- changes -------------------------------------------------------------------------------------------------
 
@@ -491,6 +518,14 @@ class Service:
             if changed:
                 self.repair.doubt(message.chunk, message.server)
         return Reply(Empty(), (), 0, self.committer.durable)
+
+
+def _within(stats: protocol.FsStats, size: int, used: int, most: int, inodes: int) -> protocol.FsStats:
+    """What a filesystem shows in a tree with a quota of ``size`` bytes and ``most`` inodes (0: none)."""
+    total, free = stats.total, stats.free
+    if size:
+        total, free = min(size, used + free), min(free, max(0, size - used))
+    return protocol.FsStats(total, free, inodes, max(0, most - inodes) if most else -1)
 
 
 def _never(client: Client, request: Request[Any]) -> Result:

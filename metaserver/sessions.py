@@ -4,7 +4,7 @@ What a session has open is kept in memory and declared again by a returning clie
 are rows. The functions over a transaction are the rows' part; :class:`Sessions` is the memory's.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 
 import msgspec
@@ -13,7 +13,7 @@ from metaserver import chunks
 from metaserver.connection import Connection
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.inodes import Effects, release
-from metaserver.protocol import RETIRE, Lost, Opened, Resent, Retire
+from metaserver.protocol import QUOTAS_CHANGED, RETIRE, Lost, Opened, Resent, Retire
 from metaserver.schema import (
     IdKind,
     Session,
@@ -26,6 +26,7 @@ from metaserver.schema import (
     read_u64,
     session_key,
 )
+from metaserver.wire import Empty
 
 # Rows of one step of trimming answers or of an eviction; a released orphan or a sealed chunk touches several.
 STEP_ANSWERS = 2000
@@ -84,6 +85,8 @@ class Sessions:
         self.by_id: dict[int, SessionState] = {}
         self.openers: dict[int, set[int]] = {}
         self.writers: dict[int, set[int]] = {}
+        # Told of each session that is over.
+        self.removed: Callable[[int], None] = lambda _: None
         # Inodes that may have ORPHANS rows: a close of any other needs no transaction.
         self.orphans: set[int] = set()
 
@@ -140,11 +143,18 @@ class Sessions:
         session.declared.clear()
         return stale
 
+    def tell_quotas_changed(self) -> None:
+        """To every session that is connected."""
+        for session in self.by_id.values():
+            if session.connection is not None:
+                session.connection.push(QUOTAS_CHANGED, Empty())
+
     def remove(self, session: SessionState) -> None:
         for ino in list(session.opened):
             self.close(session, ino)
         session.ended = True
         self.by_id.pop(session.id, None)
+        self.removed(session.id)
 
     def retire(self, session: int, chunk: int) -> None:
         """Asks a session, if it can be asked now, to end a chunk that it writes."""

@@ -33,6 +33,22 @@ class Layers:
         self.undurable.update(dict.fromkeys(rows, (number, session)))
         self._waiting.append((number, rows))
 
+    def get(self, key: bytes) -> bytes | None:
+        """A row as it is now, for those whose answers do not depend on it."""
+        if key in self.overlay.rows:
+            return self.overlay.rows[key]
+        if self.frozen is not None and key in self.frozen.rows:
+            return self.frozen.rows[key]
+        return self.store.get(key)
+
+    def pending(self) -> Rows:
+        """The rows that are newer than the store."""
+        return self.overlay.rows if self.frozen is None else self.frozen.rows | self.overlay.rows
+
+    @property
+    def pending_rows(self) -> int:
+        return len(self.overlay) + (0 if self.frozen is None else len(self.frozen))
+
     def durable(self, number: int) -> None:
         """Forgets who changed what up to ``number``: it can no longer be lost."""
         undurable, waiting = self.undurable, self._waiting

@@ -38,6 +38,10 @@ class Counts(NamedTuple):
     flags: int
     parent: int
 
+    @property
+    def is_directory(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
 
 # These fields and what lies between them: a third of what taking all of the row apart costs.
 _COUNTS = struct.Struct("<I8xIQQ40xI16xQ12x")
@@ -60,7 +64,7 @@ class Share(NamedTuple):
 def share(ino: int, inode: Counts | None) -> Share | None:
     if inode is None or not inode.nlink or not inode.flags & _COUNTED or ino == ROOT_INO:
         return None
-    if stat.S_ISDIR(inode.mode):
+    if inode.is_directory:
         return Share(inode.parent, (0, 1, 0, 0))
     return Share(inode.parent, (1, 0, inode.allocated, inode.size))
 
@@ -102,8 +106,8 @@ class _Sums:
             _add(self._gained, gained.directory, gained.amounts, 1)
 
     def _note_directory(self, ino: int, old: Counts | None, new: Counts | None) -> None:
-        was = old.parent if old is not None and stat.S_ISDIR(old.mode) else None
-        is_now = new.parent if new is not None and stat.S_ISDIR(new.mode) else None
+        was = old.parent if old is not None and old.is_directory else None
+        is_now = new.parent if new is not None and new.is_directory else None
         if was is None and is_now is None:
             return
         self._old_parents[ino], self._new_parents[ino] = was, is_now

@@ -51,11 +51,13 @@ def test_every_command_has_an_example_that_it_understands(name: str) -> None:
     told = dfs_man.read_help(COMMANDS[name].help or "")
     assert told.examples, f"the help of `dfs {name}` has no block that begins with Example:"
     calls = list(example_calls(list(told.examples)))
-    assert any(call[0] == name for call in calls)
-    for verb, *arguments in calls:
+    assert any(" ".join(call).startswith(name) for call in calls)
+    for call in calls:
+        words = 1 if call[0] in COMMANDS else 2
+        verb = " ".join(call[:words])
         command: Command = COMMANDS[verb]
         # Parses, and refuses what it does not know; runs nothing.
-        command.make_context(verb, arguments)
+        command.make_context(verb, call[words:])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -69,9 +71,10 @@ def test_every_command_has_json_or_nothing_to_show(name: str) -> None:
 
 
 def test_every_command_has_a_page_with_its_options_and_example() -> None:
-    assert set(PAGES) == {"dfs.1", *(f"dfs-{name}.1" for name in COMMANDS)}
+    assert set(PAGES) == {"dfs.1", *(f"{dfs_man.page_name(name)}.1" for name in COMMANDS)}
+    assert "dfs-quota-set.1" in PAGES
     for name, command in COMMANDS.items():
-        text = PAGES[f"dfs-{name}.1"]
+        text = PAGES[f"{dfs_man.page_name(name)}.1"]
         assert ".SH EXAMPLES" in text
         for parameter in command.params:
             for option in parameter.opts if parameter.param_type_name == "option" else ():

@@ -57,6 +57,9 @@ class FakeWriter:
         file.write(offset, data, self._meta.now_ns())
         return True
 
+    def forget_quotas(self) -> None:
+        pass
+
     async def flush(self, file: FileState) -> None:
         self.flushed.append(file.ino)
         file.dirty.close()

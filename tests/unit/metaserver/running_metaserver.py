@@ -103,6 +103,7 @@ class Mount:
         self.flushes: list[protocol.Flush] = []
         self.changed: list[int] = []
         self.retired: list[int] = []
+        self.quotas_changed = 0
         self.on_flush: Callable[[protocol.Flush], Any] | None = None
         self.opened: protocol.SessionOpened
 
@@ -111,6 +112,8 @@ class Mount:
             self.changed.extend(protocol.CHANGED.decode_request(incoming.body).message.inos)
         elif incoming.method == protocol.RETIRE.number:
             self.retired.extend(protocol.RETIRE.decode_request(incoming.body).message.chunks)
+        elif incoming.method == protocol.QUOTAS_CHANGED.number:
+            self.quotas_changed += 1
         else:
             flush = protocol.FLUSH.decode_request(incoming.body).message
             self.flushes.append(flush)
