@@ -17,6 +17,7 @@ from dfsmount.fusewire import AttributeChanges, Opcode, Request
 from dfsmount.operations import Context, FUSEError, Operations, bounded, no_attribute
 from dfsmount.vfs import Vfs
 from dfsmount.vfs_core import BLOCK_BYTES, Shown
+from dfsmount.vfs_files import without_special_bits
 from dfsmount.vfs_names import Listed
 from dfsmount.waiting import Kind, Waiting
 
@@ -186,15 +187,29 @@ class Driver(Operations):
 
     def _setattr(self, request: Request, body: memoryview) -> Served:
         changes = fusewire.decode_changes(bytes(body), time.time_ns())
+        if changes.kills_special_bits and self._files.may_have_special_bits(self._inside(request.node)):
+            return self._set_without_special_bits(request, changes)
         decoded = self._decode_changes(request.node, changes, changes)
         inode = self._files.set_at_once(decoded)
         if inode is not None:
             return fusewire.attributes_of(self._encode(self._vfs.core.show(inode)))
         return self._set_attributes(request, changes)
 
+    async def _set_without_special_bits(self, request: Request, changes: AttributeChanges) -> bytes:
+        kept = without_special_bits((await self._shown(request.node, _context(request))).mode)
+        return await self._set_attributes(request, changes._replace(update_mode=True, st_mode=kept))
+
     async def _set_attributes(self, request: Request, changes: AttributeChanges) -> bytes:
         work = self.setattr(request.node, changes, changes, changes.handle, _context(request))
         return await _attributes(work)
+
+    @bounded(Kind.NAMES, called="getattr")
+    async def _shown(self, node: int, ctx: Context) -> Shown:
+        return await self._vfs.get_attributes(self._inside(node))
+
+    @bounded(Kind.WRITING, called="write")
+    async def _drop_special_bits(self, node: int, ctx: Context) -> None:
+        await self._files.drop_special_bits(self._inside(node))
 
     async def _statistics(self, request: Request) -> bytes:
         data = await self.statfs(_context(request))
@@ -270,14 +285,20 @@ class Driver(Operations):
         return self.read(handle, offset, size)
 
     def _write(self, request: Request, body: memoryview) -> Served:
-        handle, offset, size, *_ = fusewire.WRITE_IN.unpack_from(body)
+        handle, offset, size, flags, *_ = fusewire.WRITE_IN.unpack_from(body)
         data = bytes(body[fusewire.WRITE_IN.size : fusewire.WRITE_IN.size + size])
+        if flags & fusewire.WRITE_KILL_SUIDGID and self._files.may_have_special_bits(self._inside(request.node)):
+            return self._written_without_special_bits(request, handle, offset, data)
         if self._files.write_at_once(handle, offset, data):
             return fusewire.WRITE_OUT.pack(size, 0)
         return self._written(handle, offset, data)
 
     async def _written(self, handle: int, offset: int, data: bytes) -> bytes:
         return fusewire.WRITE_OUT.pack(await self.write(handle, offset, data), 0)
+
+    async def _written_without_special_bits(self, request: Request, handle: int, offset: int, data: bytes) -> bytes:
+        await self._drop_special_bits(request.node, _context(request))
+        return await self._written(handle, offset, data)
 
     def _flush(self, request: Request, body: memoryview) -> Served:
         (handle,) = fusewire.HANDLE_IN.unpack_from(body)

@@ -118,6 +118,7 @@ class Flag(IntFlag):
     ASYNC_DIO = 1 << 15
     POSIX_ACL = 1 << 20
     MAX_PAGES = 1 << 22
+    HANDLE_KILLPRIV_V2 = 1 << 28
 
 
 # What libfuse 3.14 asks for on behalf of pyfuse3, with POSIX ACLs.
@@ -131,6 +132,9 @@ WANTED = (
     | Flag.POSIX_ACL
     | Flag.MAX_PAGES
 )
+# Not in every kernel that we can work with (Linux 5.11). We take setuid and setgid away at writes, truncates and chown,
+# where the kernel tells us to, and it no longer asks for security.capability before each write.
+OPTIONAL = Flag.HANDLE_KILLPRIV_V2
 
 
 class Change(IntFlag):
@@ -145,8 +149,11 @@ class Change(IntFlag):
     HANDLE = 1 << 6
     ATIME_NOW = 1 << 7
     MTIME_NOW = 1 << 8
+    KILL_SUIDGID = 1 << 11
 
 
+# A flag of WRITE: the writer is not privileged.
+WRITE_KILL_SUIDGID = 1 << 2
 OPENED_DIRECT_IO, OPENED_KEEP_CACHE = 1, 2
 INVALIDATE_INODE = 2
 
@@ -166,7 +173,8 @@ class Request(NamedTuple):
 
 
 class AttributeChanges(NamedTuple):
-    """A SETATTR, with the names that pyfuse3 gives to its two halves. ``handle`` is None if it is done by a path."""
+    """A SETATTR, with the names that pyfuse3 gives to its two halves. ``handle`` is None if it is done by a path.
+    ``kills_special_bits``: setuid and setgid go with this change, as they do at a chown."""
 
     handle: int | None
     st_mode: int
@@ -181,6 +189,7 @@ class AttributeChanges(NamedTuple):
     update_size: bool
     update_atime: bool
     update_mtime: bool
+    kills_special_bits: bool
 
 
 def first_name(body: bytes) -> bytes:
@@ -209,6 +218,7 @@ def decode_changes(body: bytes, now_ns: int) -> AttributeChanges:
         bool(valid & Change.SIZE),
         bool(valid & (Change.ATIME | Change.ATIME_NOW)),
         bool(valid & (Change.MTIME | Change.MTIME_NOW)),
+        bool(valid & Change.KILL_SUIDGID),
     )
 
 
@@ -256,7 +266,7 @@ def encode_init(body: bytes) -> bytes:
     if major != MAJOR or minor < MINOR or missing:
         raise ValueError(f"the kernel speaks FUSE {major}.{minor} without {missing!r}: it is too old")
     return INIT_OUT.pack(
-        MAJOR, MINOR, max_readahead, WANTED, 0, 0, MAX_WRITE_BYTES, 1, MAX_PAGES, 0, 0, 0
+        MAJOR, MINOR, max_readahead, WANTED | (OPTIONAL & flags), 0, 0, MAX_WRITE_BYTES, 1, MAX_PAGES, 0, 0, 0
     )  # fmt: skip
 
 

@@ -285,6 +285,24 @@ class Files:
         core.deferred.take(file, changes)
         return file.inode
 
+    def may_have_special_bits(self, ino: int) -> bool:
+        """Whether S_ISUID or S_ISGID may be set, so that it has to be seen whether they go."""
+        inode = self._core.inodes.believed(ino)
+        if inode is None:
+            return True
+        ahead = inode.opened.ahead if inode.opened is not None else None
+        mode = inode.attributes.mode | ((ahead.changes.mode or 0) if ahead is not None else 0)
+        return bool(mode & (stat.S_ISUID | stat.S_ISGID))
+
+    async def drop_special_bits(self, ino: int) -> None:
+        """Before a write by a user: see :func:`without_special_bits`."""
+        mode = self._core.show(await self._core.attributes(ino)).mode
+        kept = without_special_bits(mode)
+        if kept != mode:
+            await self.set_attributes(SetAttributes(ino, mode=kept))
+            # It believes in the mode that it knows.
+            self._core.kernel.forget_attributes(ino)
+
     def _tell_before_resizing(self, changes: SetAttributes, number: int | None) -> None:
         """Raises why bytes are lost if the caller, or anybody, has not heard of it yet: the new size would put zeroes
         in their place, or keep what was written before them with what was done after (P3). Nothing is kept of an empty

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +48,55 @@ def test_libfuse_and_our_own(cluster: RealCluster, tmp_path: Path, ending: str) 
     else:
         os.kill(pid, signal.SIGTERM)
     wait_until(lambda: not is_alive(pid) and not os.path.ismount(point), "the mount has ended")
+
+
+SPECIAL, PLAIN = 0o6755, 0o755
+
+
+def as_user(action: str, path: Path, descriptor: int) -> None:
+    """Does something with a file, by its path or by a descriptor that root has opened, as user 65534."""
+    text = (
+        f"import mmap, os, sys; path, fd = sys.argv[1], {descriptor};"
+        f"os.setgroups([]); os.setgid(65534); os.setuid(65534); {action}"
+    )
+    # From there, because directories above are closed to that user.
+    command = [sys.executable, "-I", "-S", "-c", text, path.name]
+    subprocess.run(command, check=True, pass_fds=[descriptor], cwd=path.parent)
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "os.write(os.open(path, os.O_WRONLY), b'x')",
+        "os.write(os.open(path, os.O_WRONLY | os.O_DIRECT), mmap.mmap(-1, 4096))",
+        "os.write(fd, b'x')",
+        "os.truncate(path, 1)",
+        "os.ftruncate(fd, 1)",
+        "os.open(path, os.O_WRONLY | os.O_TRUNC)",
+    ],
+)
+def test_who_writes_to_a_program_takes_its_special_bits_away(cluster: RealCluster, place: Path, action: str) -> None:
+    """The kernel says who writes, and leaves the rest to us; root keeps them."""
+    path = place / "program"
+    path.write_bytes(bytes(8192))
+    os.chmod(place, 0o777)
+    os.chown(path, 65534, 65534)
+    os.chmod(path, SPECIAL)
+    with path.open("r+b", buffering=0) as file:
+        file.write(b"root")
+        assert stat.S_IMODE(path.stat().st_mode) == SPECIAL
+        as_user(action, path, file.fileno())
+    assert stat.S_IMODE(path.stat().st_mode) == PLAIN
+
+
+def test_an_owner_takes_special_bits_and_capabilities_along(place: Path) -> None:
+    path = place / "program"
+    path.touch()
+    os.chmod(path, SPECIAL)
+    os.chown(path, 65534, 65534)
+    assert stat.S_IMODE(path.stat().st_mode) == PLAIN
+    rights = bytes.fromhex("01000002 00200000 00000000 00000000 00000000")
+    os.setxattr(path, "security.capability", rights)
+    path.write_bytes(b"another program")
+    with pytest.raises(OSError, match="No data"):
+        os.getxattr(path, "security.capability")

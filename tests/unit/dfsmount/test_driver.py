@@ -117,6 +117,39 @@ async def test_a_synchronous_write_is_waited_for(ask: Asking) -> None:
     assert not ask.at_once
 
 
+def special(mode: int) -> bytes:
+    return struct.pack("<II", fusewire.Change.MODE, 0) + bytes(60) + struct.pack("<IIIII", mode, 0, 0, 0, 0)
+
+
+async def test_special_bits_go_where_the_kernel_says_so(ask: Asking, mount: TestMount) -> None:
+    node, handle = await ask.make(b"f")
+
+    async def mode() -> int:
+        return stat.S_IMODE(attributes((await ask(Opcode.GETATTR, node, bytes(16)))[16:])["mode"])
+
+    def write(flags: int) -> bytes:
+        return struct.pack("<QQIIQII", handle, 0, 1, flags, 0, 0, 0)
+
+    await ask(Opcode.SETATTR, node, special(0o6755))
+    await ask(Opcode.WRITE, node, write(0), b"x")
+    assert await mode() == 0o6755
+    await ask(Opcode.WRITE, node, write(fusewire.WRITE_KILL_SUIDGID), b"x")
+    assert await mode() == 0o755
+    await ask(Opcode.WRITE, node, write(fusewire.WRITE_KILL_SUIDGID), b"x")
+    assert ask.at_once
+    # Without the right of the group to execute, S_ISGID is something else.
+    for change in (
+        struct.pack("<IIQQ", fusewire.Change.SIZE | fusewire.Change.KILL_SUIDGID, 0, 0, 9) + bytes(64),
+        struct.pack("<II", fusewire.Change.UID | fusewire.Change.KILL_SUIDGID, 0)
+        + bytes(68)
+        + struct.pack("<III", 5, 6, 0),
+    ):
+        for before, after in ((0o6711, 0o711), (0o6700, 0o2700), (0o1777, 0o1777)):
+            await ask(Opcode.SETATTR, node, special(before))
+            await ask(Opcode.SETATTR, node, change)
+            assert await mode() == after
+
+
 async def test_attributes_are_set(ask: Asking) -> None:
     node, _ = await ask.make(b"f")
     mode = struct.pack("<II", fusewire.Change.MODE, 0) + bytes(60) + struct.pack("<IIIII", 0o100600, 0, 0, 0, 0)

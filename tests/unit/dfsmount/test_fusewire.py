@@ -13,9 +13,13 @@ INIT = bytes.fromhex("07000000 2d000000 00000200 fbffff73 ff000000") + bytes(44)
 
 
 def test_the_handshake_asks_for_what_libfuse_asked_for() -> None:
-    # What libfuse 3.14 answered to INIT for pyfuse3 3.5, but that it said INIT_EXT (1 << 30) without having any.
-    expected = bytes.fromhex("07000000 1f000000 00000200 29b05000 0000 0000 00001000 01000000 0001 0000") + bytes(32)
+    # What libfuse 3.14 answered to INIT for pyfuse3 3.5, but that it said INIT_EXT (1 << 30) without having any, and
+    # that we take setuid and setgid away ourselves (1 << 28).
+    expected = bytes.fromhex("07000000 1f000000 00000200 29b05010 0000 0000 00001000 01000000 0001 0000") + bytes(32)
     assert fusewire.encode_init(INIT) == expected
+    older = bytearray(INIT)
+    older[15] &= 0xEF
+    assert fusewire.encode_init(bytes(older))[12:16] == bytes.fromhex("29b05000")
 
 
 @pytest.mark.parametrize(("major", "minor", "flags"), [(8, 1, -1), (7, 30, -1), (7, 31, ~Flag.DO_READDIRPLUS)])
@@ -51,10 +55,12 @@ def test_changes_of_attributes() -> None:
     changes = fusewire.decode_changes(body, 0)
     assert (changes.handle, changes.st_mode, changes.st_uid, changes.st_gid) == (3, 0o100755, 1000, 1001)
     assert (changes.st_size, changes.st_atime_ns, changes.st_mtime_ns) == (99, -1_999_999_500, 5_000_000_600)
-    assert all(changes[-6:])
-    now = fusewire.decode_changes(struct.pack("<I", 0x1B0) + body[4:], 77)
+    assert all(changes[-7:-1])
+    assert not changes.kills_special_bits
+    now = fusewire.decode_changes(struct.pack("<I", 0x9B0) + body[4:], 77)
     assert (now.st_atime_ns, now.st_mtime_ns, now.handle) == (77, 77, None)
     assert (now.update_mode, now.update_size, now.update_atime, now.update_mtime) == (False, False, True, True)
+    assert now.kills_special_bits
 
 
 def test_names_and_forgets() -> None:
