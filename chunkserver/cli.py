@@ -8,12 +8,12 @@ import typer
 
 from chunkserver import check as checks
 from chunkserver import config as configs
-from chunkserver.config import Config, ConfigError
-from chunkserver.identity import DataDirectoryError
+from chunkserver.config import Config, ConfigError, UnreadableConfig
+from chunkserver.identity import DamagedIdentity, DataDirectoryError
 from chunkserver.serve import StartError, serve_until_signal
 from metaserver import logs
 from metaserver.errors import DfsError, ErrorCode
-from metaserver.key import ClusterKey, KeyFileError, load_key
+from metaserver.key import ClusterKey, DamagedKey, KeyFileError, load_key
 from metaserver.version import VERSION
 
 # What ends the program with one line; anything else is a mistake in it and shows a traceback.
@@ -22,13 +22,20 @@ EXPECTED = (ConfigError, DataDirectoryError, StartError, KeyFileError, DfsError)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
+# As the metaserver's: what stays so until somebody does something about it. systemd does not start it again then.
+EXIT_DAMAGED, EXIT_CONFIG = 65, 78
+
+
 def fail(error: Exception, key_file: str = "") -> typer.Exit:
-    """One line on standard error; 1 whatever it was: files that could not be read may be readable the next time."""
+    """One line on standard error, and how to end: 1 if it may go better the next time."""
     text = error.text if isinstance(error, DfsError) else str(error)
     if isinstance(error, DfsError) and error.code is ErrorCode.BAD_KEY:
         text = f"the metaserver does not accept the cluster key {key_file}: copy the one it has here"
     logs.complain(f"chunkserver: {text}")
-    return typer.Exit(1)
+    if isinstance(error, DamagedIdentity | DamagedKey):
+        return typer.Exit(EXIT_DAMAGED)
+    wrong = isinstance(error, ConfigError) and not isinstance(error, UnreadableConfig)
+    return typer.Exit(EXIT_CONFIG if wrong else 1)
 
 
 def _show_version(wanted: bool) -> None:

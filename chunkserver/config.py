@@ -18,6 +18,10 @@ class ConfigError(Exception):
     """The configuration cannot be used; the text is one line."""
 
 
+class UnreadableConfig(ConfigError):
+    """The file cannot be read now; perhaps the next time."""
+
+
 class Config(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What an operator may say. Addresses are ``HOST:PORT``; port 0 lets the system choose.
 
@@ -71,7 +75,7 @@ def read_file(path: Path) -> dict[str, object]:
         with path.open("rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+        raise UnreadableConfig(f"cannot read the configuration {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the configuration {path} is not TOML: {error}") from None
 

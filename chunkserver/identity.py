@@ -20,6 +20,7 @@ from chunkserver.disk import DataDisk, Disk, LocalDisk, chunk_directories, prepa
 FILE = "identity.json"
 COPY = "identity.copy.json"
 FORMAT = 1
+_DAMAGED = "is damaged"
 # What a directory may hold without being anybody's.
 _HARMLESS = {"lost+found", "chunks", FILE + ".new", COPY + ".new"}
 
@@ -29,6 +30,10 @@ log = structlog.get_logger(__name__)
 
 class DataDirectoryError(Exception):
     """The data directory cannot be used; the text is one line that says why and what to do."""
+
+
+class DamagedIdentity(DataDirectoryError):
+    """Both copies are: somebody has to restore one."""
 
 
 class Identity(msgspec.Struct, forbid_unknown_fields=True):
@@ -61,7 +66,9 @@ def load(disk: Disk) -> Identity | None:
         return max(whole, key=lambda identity: (identity.highest_epoch, identity.highest_chunk))
     problems = [problem for problem in found if isinstance(problem, str)]
     if problems:
-        raise DataDirectoryError(f"{disk.root}/{FILE} {problems[0]}: if the disk is whole, restore it from a backup")
+        damaged = len(problems) == len(found) and all(problem.startswith(_DAMAGED) for problem in problems)
+        kind = DamagedIdentity if damaged else DataDirectoryError
+        raise kind(f"{disk.root}/{FILE} {problems[0]}: if the disk is whole, restore it from a backup")
     return None
 
 
@@ -91,7 +98,7 @@ def _load(disk: Disk, name: str) -> Identity | str | None:
         if name == FILE and b'"role"' in data:
             text = f"{disk.root} is the data directory of a metaserver: give this chunkserver one of its own"
             raise DataDirectoryError(text) from None
-        problem = f"is damaged ({error})"
+        problem = f"{_DAMAGED} ({error})"
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
     log.error("a copy of this server's identity cannot be used", path=f"{disk.root}/{name}", reason=problem)

@@ -264,7 +264,7 @@ def test_directory_of_another_server_or_of_nobody(tmp_path: Path, damaged: set[s
     assert again == who
     for copy in (identity.FILE, identity.COPY):
         (tmp_path / "a" / copy).write_text("{")
-    with pytest.raises(DataDirectoryError, match="damaged"):
+    with pytest.raises(identity.DamagedIdentity, match="damaged"):
         identity.open_directory(str(tmp_path / "a"), "")
     (tmp_path / "a" / identity.FILE).write_text('{"format":1,"cluster_id":"x","role":"metaserver"}')
     with pytest.raises(DataDirectoryError, match="of a metaserver"):
@@ -342,18 +342,18 @@ def test_command_line_says_what_is_wrong(tmp_path: Path, key_file: Path) -> None
     broken = tmp_path / "broken.toml"
     broken.write_text("data = ")
     key_file.chmod(0o644)
-    for arguments, text in [
-        ([], "the key 'data' is missing"),
-        (["--config", str(unknown)], f"{unknown}: unknown key 'colour'"),
-        (["--config", str(broken)], "is not TOML"),
-        (["--config", str(tmp_path / "none")], "No such file"),
-        ([*good, "--key-file", str(key_file)], "is readable by others"),
-        ([*good, "--key-file", str(tmp_path / "none")], "no cluster key at"),
-        ([*good, "--listen", "192.0.2.1:5"], "can be reached by others"),
-        (["check", "--data", str(tmp_path)], "is not a chunkserver's data directory"),
+    for arguments, expected, text in [
+        ([], 78, "the key 'data' is missing"),
+        (["--config", str(unknown)], 78, f"{unknown}: unknown key 'colour'"),
+        (["--config", str(broken)], 78, "is not TOML"),
+        (["--config", str(tmp_path / "none")], 1, "No such file"),
+        ([*good, "--key-file", str(key_file)], 1, "is readable by others"),
+        ([*good, "--key-file", str(tmp_path / "none")], 1, "no cluster key at"),
+        ([*good, "--listen", "192.0.2.1:5"], 78, "can be reached by others"),
+        (["check", "--data", str(tmp_path)], 1, "is not a chunkserver's data directory"),
     ]:
         code, stderr = run_cli(*arguments)
-        assert code == 1
+        assert code == expected, text
         assert text in stderr
         assert stderr.startswith("chunkserver: ")
         assert stderr.count("\n") == 1
