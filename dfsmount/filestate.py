@@ -41,10 +41,12 @@ class FileState:
         self.error: DfsError | None = None
         self.error_count = 0
         self._on_loss = on_loss
-        # The writer's. Unparked whenever a layer is done; how many truncates hold it back; how many bytes were
-        # written in order, and up to where; the lane it streams into (0: the one for all).
+        # The writer's. Unparked whenever a layer is done; how many truncates hold it back; how many wait for it to be
+        # on stable storage; how many bytes were written in order, and up to where; the lane it streams into (0: the one
+        # for all).
         self.settled = trio.lowlevel.ParkingLot()
         self.held = 0
+        self.fsyncs = 0
         self.streamed = 0
         self.stream_stop = 0
         self.lane = 0

@@ -378,7 +378,8 @@ class Lane:
             chunks[batch.sent.progress.chunk] = batch.sent.progress
             layer = item.layer
             files.append(FileCommit(item.file.ino, layer.truncate_generation, layer.stop, layer.mtime_ns, extents))
-        return Commit(tuple(chunks.values()), tuple(files))
+        durable = any(item.file.fsyncs for _, item, _ in items)
+        return Commit(tuple(chunks.values()), tuple(files), durable)
 
     async def _ask(self, items: list[Placed]) -> Committed:
         deadline = trio.current_time() + self._writer.give_up_seconds

@@ -277,10 +277,10 @@ class Core:
         self._doubted_contents.add(ino)
         self._doubts.set()
 
-    async def flush_file(self, file: OpenFile) -> None:
+    async def flush_file(self, file: OpenFile, *, durable: bool = False) -> None:
         await self.deferred.settle(file)
         if file.state.is_dirty:
-            await self.writer.flush(file.state)
+            await self.writer.flush(file.state, durable=durable)
 
     def lost_last_name(self, ino: int, *, kept: bool) -> None:
         """The inode has no name any more: nobody will ever want its dirty data unless it is open, or in the trash."""

@@ -228,7 +228,7 @@ class Files:
         core = self._core
         handle = core.handles.file(number)
         if not handle.file.settled:
-            await core.flush_file(handle.file)
+            await core.flush_file(handle.file, durable=True)
         handle.raise_new_error()
         await core.remote.sync(handle.losses)
 

@@ -121,16 +121,25 @@ class Writer:
         self._accept(file, offset, data, length if file.quota else 0)
         return True
 
-    async def flush(self, file: FileState) -> None:
+    async def flush(self, file: FileState, *, durable: bool = False) -> None:
         """Returns when everything dirty at the call is part of the file at the metaserver, or lost: then ``file.error``
-        says why and ``file.error_count`` has grown. Cancelling is safe."""
+        says why and ``file.error_count`` has grown. Cancelling is safe.
+
+        ``durable``: the caller will ask the metaserver to make it durable (``MetaClient.sync``). The commits then do so
+        at once, which saves that exchange: of the three in a row that an fsync took it was the cheapest, but a quarter
+        of the CPU time of mount and metaserver.
+        """
         target = file.dirty.close()
         if not file.dirty:
             return
-        self.schedule.want(file)
-        self._wake(file)
-        while file.dirty.oldest <= target:
-            await file.settled.park()
+        file.fsyncs += durable
+        try:
+            self.schedule.want(file)
+            self._wake(file)
+            while file.dirty.oldest <= target:
+                await file.settled.park()
+        finally:
+            file.fsyncs -= durable
 
     def flush_soon(self, file: FileState) -> None:
         """The file was closed: sends it within moments, together with others."""

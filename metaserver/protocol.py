@@ -542,10 +542,14 @@ class FileCommit(Message):
 
 class Commit(Message):
     """Makes written data part of files, all at once. NOT_OWNER if a chunk is not this session's, INVALID if a range is
-    past its progress; a file that is gone (STALE_INODE) is skipped and listed in the answer."""
+    past its progress; a file that is gone (STALE_INODE) is skipped and listed in the answer.
+
+    ``durable``: somebody waits in fsync(2); the answer comes once the commit and all before it are on stable storage.
+    """
 
     chunks: tuple[ChunkProgress, ...]
     files: tuple[FileCommit, ...]
+    durable: bool = False
 
 
 class Committed(Message):

@@ -398,11 +398,13 @@ class Service:
         return self._finish((Reply(touched, (), 0, self.committer.durable), wait_for))
 
     def _commit(self, client: Client, request: Request[Any]) -> Result:
-        return self._grow(
-            client,
-            (file.ino for file in request.message.files),
-            lambda: self._finish(self.changes.apply(client.known, protocol.COMMIT.number, request)),
-        )
+        message: protocol.Commit = request.message
+
+        def apply() -> Result:
+            reply, wait_for = self.changes.apply(client.known, protocol.COMMIT.number, request)
+            return self._finish((reply, max(wait_for, reply.number) if message.durable else wait_for))
+
+        return self._grow(client, (file.ino for file in message.files), apply)
 
     def _grow(self, client: Client, inos: Iterable[int], apply: Callable[[], Result]) -> Result:
         """Carries out what may make files grow, once nothing is being cut off from them."""

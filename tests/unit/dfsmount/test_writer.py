@@ -1,5 +1,7 @@
 """The writer over fakes in virtual time: what is acknowledged is there, in the right order, whatever fails."""
 
+from functools import partial
+
 import pytest
 import trio
 import trio.testing
@@ -45,6 +47,27 @@ async def test_fsync_of_little_is_one_append_and_one_commit(autojump_clock: trio
         assert trio.current_time() - started < 0.004
         assert bench.meta.calls["commit"] == 1
         assert sum(server.appends for server in bench.pool.servers.values()) == 2
+
+
+async def test_commits_are_durable_only_while_somebody_waits_for_that(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_bench() as bench:
+        file, other = bench.create(), bench.create()
+        for durable in (False, True, False):
+            await bench.writer.write(file, 0, part(4096))
+            await bench.writer.flush(file, durable=durable)
+        # Of one that was cancelled nothing remains.
+        await bench.writer.write(file, 0, part(4096))
+        with trio.move_on_after(0):
+            await bench.writer.flush(file, durable=True)
+        await bench.writer.flush(file)
+        # What is committed together is durable together.
+        for each in (file, other):
+            await bench.writer.write(each, 0, part(4096))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(bench.writer.flush, other)
+            nursery.start_soon(partial(bench.writer.flush, file, durable=True))
+        assert [commit.durable for commit in bench.meta.commits[:4]] == [False, True, False, False]
+        assert any(commit.durable for commit in bench.meta.commits[4:])
 
 
 async def test_age_alone_sends_an_open_file(autojump_clock: trio.testing.MockClock) -> None:

@@ -60,7 +60,7 @@ class FakeWriter:
     def forget_quotas(self) -> None:
         pass
 
-    async def flush(self, file: FileState) -> None:
+    async def flush(self, file: FileState, *, durable: bool = False) -> None:
         self.flushed.append(file.ino)
         file.dirty.close()
         for layer in list(file.dirty.layers):
@@ -68,7 +68,7 @@ class FakeWriter:
                 file.dropped(layer, self.broken)
                 continue
             commit = FileCommit(file.ino, layer.truncate_generation, layer.stop, layer.mtime_ns, ())
-            done = await self._meta.call(protocol.COMMIT, Commit((), (commit,)))
+            done = await self._meta.call(protocol.COMMIT, Commit((), (commit,), durable))
             if done.attributes:
                 file.committed(layer, done.attributes[0], ())
             else:

@@ -118,6 +118,20 @@ async def test_many_answers_are_forgotten_in_steps(data: Path, monkeypatch: pyte
         assert session.row.acknowledged == 18
 
 
+async def test_a_durable_commit_is_answered_once_it_is(data: Path) -> None:
+    async with running(data) as metaserver:
+        await metaserver.server(1)
+        await metaserver.server(2)
+        mount = await metaserver.mount()
+        ino = await mount.make(b"f", open=True)
+        chunk = (await mount.allocate()).chunk
+        for durable in (False, True):
+            file = protocol.FileCommit(ino, 0, 100, 5, (protocol.Extent(0, 100, chunk, 0),))
+            commit = protocol.Commit((protocol.ChunkProgress(chunk, 100, 1, 77),), (file,), durable)
+            answer = await mount.ask(protocol.COMMIT, commit)
+            assert (answer.durable >= answer.number) is durable
+
+
 async def test_replies_wait_for_what_other_sessions_did(data: Path) -> None:
     """5.2.3: what could still be lost is shown to nobody but its author."""
     release = trio.Event()
