@@ -257,8 +257,9 @@ class Reader:
                         yield count
         except lmdb.Error as error:
             raise self._unreadable(error) from error
-        for table, total in read_totals(self).items():
-            if total != totals[table]:
+        known = read_totals(self)
+        for table in TABLES:
+            if known.get(table, Total(0, 0)) != totals[table]:
                 raise self.damaged(f"{table.name} does not have the rows it should have")
         yield count
 
@@ -537,11 +538,13 @@ def _has_room(probe: Path) -> bool:
 
 
 def read_totals(reader: Reader) -> dict[Table, Total]:
-    """TOTALS of a store; raises :class:`CorruptStore` if a table has none."""
+    """TOTALS of a store; raises :class:`CorruptStore` if a table has none. A table that came later than the store's
+    last checkpoint has none, and is not there."""
     totals: dict[Table, Total] = {}
     for table in TABLES:
         value = reader.get(PREFIX[Table.TOTALS] + PREFIX[table])
-        if value is None and table < Table.TOTALS:
+        if value is not None:
+            totals[table] = Total.unpack(value)
+        elif table < Table.TOTALS:
             raise reader.damaged(f"{table.name} has no totals")
-        totals[table] = Total(0, 0) if value is None else Total.unpack(value)
     return totals

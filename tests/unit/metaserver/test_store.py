@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import lmdb
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metaserver.overlay import row_key
-from metaserver.schema import Table, Total
+from metaserver.schema import Table, Total, totals_key
 from metaserver.store import (
     PAGE_BYTES,
     CorruptStore,
@@ -107,6 +108,29 @@ def test_totals_say_what_is_there(tmp_path_factory: pytest.TempPathFactory, batc
         assert total == Total(len(mine), checksums)
     list(store.verify())
     store.close()
+
+
+def test_a_store_from_before_a_table_existed_is_whole(path: Path) -> None:
+    """And rows of such a table without its totals are not."""
+    fill(path, 3)
+    later = [table for table in Table if table > Table.TOTALS]
+    environment = lmdb.open(str(path), subdir=False)
+    with environment.begin(write=True) as transaction:
+        gone = [transaction.delete(row_key(Table.TOTALS, totals_key(table))) for table in later]
+    environment.close()
+    assert any(gone)
+    store = Store.open(path)
+    list(store.verify())
+    store.write({row_key(later[0], b"key"): b"value"})
+    store.renew()
+    store.check_entries()
+    list(store.verify())
+    assert read_totals(store)[later[0]].count == 1
+    store.close()
+    with lmdb.open(str(path), subdir=False) as environment, environment.begin(write=True) as transaction:
+        transaction.delete(row_key(Table.TOTALS, totals_key(later[0])))
+    with pytest.raises(CorruptStore):
+        Store.open(path)
 
 
 def test_a_full_map_changes_nothing_and_grows(path: Path) -> None:
