@@ -13,6 +13,7 @@ import trio
 from chunkserver.client import open_pool
 from dfsmount.cache import BlockCache
 from dfsmount.config import Source
+from dfsmount.ownhost import own_names
 from dfsmount.reader import Reader, ReaderOptions
 from dfsmount.remote import Remote
 from dfsmount.vfs import Vfs
@@ -89,14 +90,15 @@ async def open_client(
         on_quotas=lambda: made[0].vfs.quotas_pushed() if made else None,
     )
     host = socket.gethostname()
+    names = await trio.to_thread.run_sync(own_names, source.host, source.port, abandon_on_cancel=True)
     subdirectory = os.fsencode(source.subdirectory)
     identity = SessionIdentity(host, options.shown_as, os.getpid(), subdirectory, options.vfs.read_only)
     async with (
         open_meta(source.host, source.port, key, identity, hooks) as meta,
         open_pool(key, meta.cluster_id, session=meta.session) as pool,
     ):
-        writer = Writer(meta, pool, _writer_options(host, options))
-        reader = Reader(meta, pool, _block_cache(options), ReaderOptions(options.timeout))
+        writer = Writer(meta, pool, _writer_options(names, options))
+        reader = Reader(meta, pool, _block_cache(options), ReaderOptions(options.timeout, names))
         made.append(Client(meta, writer, reader, make_kernel(meta.root.ino), options))
         yield made[0]
 
@@ -105,6 +107,6 @@ def _block_cache(options: ClientOptions) -> BlockCache:
     return BlockCache() if options.cache_mib is None else BlockCache(options.cache_mib << 20)
 
 
-def _writer_options(host: str, options: ClientOptions) -> WriterOptions:
+def _writer_options(names: frozenset[str], options: ClientOptions) -> WriterOptions:
     dirty_mib = DIRTY_MIB if options.dirty_mib is None else options.dirty_mib
-    return WriterOptions(host, dirty_mib << 20, give_up_seconds=max(options.timeout, KEEP_SECONDS))
+    return WriterOptions(" ".join(sorted(names)), dirty_mib << 20, give_up_seconds=max(options.timeout, KEEP_SECONDS))

@@ -33,7 +33,9 @@ def table(columns: Iterable[str], rows: Iterable[Sequence[str]], right: Iterable
     return made
 
 
-def servers_table(servers: Iterable[ServerStatus]) -> Table:
+def servers_table(servers: Sequence[ServerStatus]) -> Table:
+    """Racks and labels only where there are any."""
+    marked = any(server.rack or server.labels for server in servers)
     rows = [
         (
             server.name,
@@ -45,11 +47,13 @@ def servers_table(servers: Iterable[ServerStatus]) -> Table:
             bytes_text(server.free),
             f"{server.last_heartbeat_seconds:.0f} s ago",
             scrub_text(server.scrub),
+            *((server.rack or "-", ",".join(server.labels) or "-") if marked else ()),
             server.data_path,
         )
         for server in sorted(servers, key=lambda server: server.name)
     ]
-    columns = ("SERVER", "STATE", "ADDRESS", "CHUNKS", "STORED", "USED", "FREE", "HEARTBEAT", "SCRUB", "DATA")
+    shown = ("SERVER", "STATE", "ADDRESS", "CHUNKS", "STORED", "USED", "FREE", "HEARTBEAT", "SCRUB")
+    columns = (*shown, *(("RACK", "LABELS") if marked else ()), "DATA")
     return table(columns, rows, ("CHUNKS", "STORED", "USED", "FREE"))
 
 

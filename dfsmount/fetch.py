@@ -21,7 +21,7 @@ from dfsmount.meta import Meta
 from dfsmount.pace import HEDGE_LEAST_SECONDS, Pace
 from metaserver import protocol
 from metaserver.errors import DfsError, ErrorCode
-from metaserver.protocol import ReportReplica
+from metaserver.protocol import ReportReplica, ServerState
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +33,7 @@ SHUN_SECONDS = 60.0
 # How long a server that did not answer in time is asked last; by then its pulse tells more.
 LATE_SECONDS = 1.0
 REPORT_SECONDS = 10.0
+_WORKING = frozenset({ServerState.UP, ServerState.DRAINING})
 # A replica that failed like this may well have the next block.
 DAMAGE = frozenset({ErrorCode.BAD_CHECKSUM, ErrorCode.IO, ErrorCode.REPLICA_FAILED})
 
@@ -96,7 +97,7 @@ class Fetcher:
     Invariant: ``_flights`` holds exactly the fetches that are not done.
     """
 
-    def __init__(self, meta: Meta, pool: Pool, cache: BlockCache) -> None:
+    def __init__(self, meta: Meta, pool: Pool, cache: BlockCache, own_names: frozenset[str] = frozenset()) -> None:
         self.cache = cache
         self.in_flight_bytes = 0
         self.requests = 0
@@ -104,6 +105,7 @@ class Fetcher:
         self.failures = 0
         self._meta = meta
         self._pool = pool
+        self._own_names = own_names
         self._jobs = Jobs()
         self._pace = Pace()
         self._flights: dict[int, list[Fetch]] = {}
@@ -174,9 +176,15 @@ class Fetcher:
         return [fetch for fetch in self._flights.get(chunk, ()) if fetch.start > offset]
 
     def _in_order(self, chunk: int, servers: Sequence[int]) -> list[int]:
-        """The given order (nearest first), but who failed lately or does not answer comes last, slow ones before."""
+        """This host's first, the others as given (the best first); but who failed lately or does not answer comes last,
+        slow ones before."""
         now = trio.current_time()
-        return sorted(servers, key=lambda server: self._doubts(chunk, server, now))
+        return sorted(servers, key=lambda server: (self._doubts(chunk, server, now), not self._is_near(server)))
+
+    def _is_near(self, server: int) -> bool:
+        """Whether it is a server on this host, and works as far as is known: the others are ordered by that, too."""
+        address = self._meta.peer(server)
+        return address is not None and address.host in self._own_names and address.state in _WORKING
 
     def _doubts(self, chunk: int, server: int, now: float) -> int:
         """0: none."""

@@ -40,9 +40,11 @@ Plan = list[Piece | Span]
 
 @dataclass(frozen=True)
 class ReaderOptions:
-    """``give_up_seconds``: how long replicas that do not answer are asked again before a read fails."""
+    """``give_up_seconds``: how long replicas that do not answer are asked again before a read fails. ``own_names``:
+    the hosts of chunkservers that are asked first, because they are this one."""
 
     give_up_seconds: float = 20.0
+    own_names: frozenset[str] = frozenset()
 
 
 class Reader:
@@ -51,7 +53,7 @@ class Reader:
     def __init__(self, meta: Meta, pool: Pool, cache: BlockCache, options: ReaderOptions | None = None) -> None:
         self.options = options or ReaderOptions()
         self.cache = cache
-        self.fetcher = Fetcher(meta, pool, cache)
+        self.fetcher = Fetcher(meta, pool, cache, self.options.own_names)
         self._meta = meta
         self._jobs = Jobs()
         self._neighbours = Neighbours(min(cache.limit_bytes // 8, 4 << 20))

@@ -307,14 +307,16 @@ class Members:
         ``protocol.Allocate``. UNAVAILABLE if too few are up; NO_SPACE if too many are full: fewer copies are for when
         servers are away or do not answer, not for when they are full."""
         mute, shunned = frozenset(never), frozenset(avoid)
+        names = host.split()
+        own = next((member.row.host for member in self.by_id.values() if member.row.host in names), "")
         working = [member.server for member in self.by_id.values() if member.works]
         if len(working) < least:
             raise DfsError(ErrorCode.UNAVAILABLE, f"{len(working)} chunkservers are up, {least} are needed")
         candidates, size = self.candidates(), space.footprint(needed) if needed else CHUNK_CAPACITY
         others = [candidate for candidate in candidates if candidate.server not in mute]
-        chosen = choose(others, copies, self._random, writer_host=host, avoid=shunned, needed=size)
+        chosen = choose(others, copies, self._random, writer_host=own, avoid=shunned, needed=size)
         if len(chosen) < least and mute:
-            chosen = choose(candidates, copies, self._random, writer_host=host, avoid=shunned | mute, needed=size)
+            chosen = choose(candidates, copies, self._random, writer_host=own, avoid=shunned | mute, needed=size)
         answering = sum(server not in mute for server in working)
         if len(chosen) < max(least, min(copies, answering)):
             raise DfsError(ErrorCode.NO_SPACE, "no chunkserver has room for another chunk")

@@ -499,7 +499,8 @@ class Allocate(Message):
     there are not enough others for all copies. ``never`` are servers that do not answer it: only used if there are
     not even enough others for the fewest copies that data is written with (``min_copies``); repair makes the rest.
     ``copies``: for files of which so many are wanted; 0: the cluster's default. ``needed``: a chunk that
-    takes so many bytes is enough; 0: a whole one is wanted."""
+    takes so many bytes is enough; 0: a whole one is wanted. ``host``: the names and addresses by which a chunkserver on
+    the writer's host would be known, with blanks between them: the first copy goes there."""
 
     host: str
     avoid: tuple[int, ...]
@@ -916,6 +917,7 @@ class ServerStatus(Json):
     stored: int = -1
     # Why its disk is FAILED.
     disk_error: str = ""
+    labels: list[str] = []
 
 
 class SessionStatus(Json):

@@ -151,6 +151,7 @@ class StatusReader:
                 scrub=member.scrub,
                 stored=member.stored,
                 disk_error=member.disk_error,
+                labels=member.row.labels,
             )
             for _, member in sorted(self._members.by_id.items())
         ]

@@ -4,7 +4,6 @@ Only what the units need is in it: systemd, Python and FUSE from Debian, and the
 under /opt/dfs. It has a network of its own without a way out, with 192.0.2.1 on its loopback device.
 """
 
-import shlex
 import shutil
 import subprocess
 import sys
@@ -123,7 +122,3 @@ def _child(pid: int) -> int:
     """The first process of the container: nspawn's only child that is called systemd."""
     found = subprocess.run(["pgrep", "-P", str(pid), "systemd"], capture_output=True, text=True, check=False)
     return int(found.stdout.split()[0]) if found.stdout.split() else 0
-
-
-def quote(text: str) -> str:
-    return shlex.quote(text)
