@@ -17,9 +17,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
-from dfsmount import gateway_openapi, gateway_paths
+from dfsmount import gateway_dav, gateway_openapi, gateway_paths
 from dfsmount.gateway_forms import FileBegins, FileData, FormReader
 from dfsmount.gateway_http import (
     Access,
@@ -110,6 +110,14 @@ class Gateway:
             return await self._list(request, place, node, _prefix(request))
         if place.directory:
             raise DfsError(ErrorCode.NOT_FOUND, f"{place} is not a directory")
+        return await self._content(request, place, node, {})
+
+    async def read(self, request: Request, place: Place) -> Response:
+        """A file's contents or a directory's listing, wherever it was asked for."""
+        with _missing_where_no_directory():
+            node = await self.tree.find(place)
+        if node.is_directory:
+            return await self._list(request, place, node, b"")
         return await self._content(request, place, node, {})
 
     async def root_listing(self, request: Request) -> Response:
@@ -360,6 +368,10 @@ class Gateway:
             Route("/files/{path:path}", self.files, methods=["GET", "PUT", "DELETE"]),
             Route("/download/{path:path}", self.download),
             Route("/delete", self.delete_named, methods=["DELETE"]),
+            Mount(
+                "/dav",
+                gateway_dav.Dav(self.tree, self.uploads, self.read, self._max_bytes, read_only=self._access.read_only),
+            ),
             Route("/openapi.json", self.describe),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
@@ -389,7 +401,7 @@ class _Counting:
         await self._app(scope, receive, sending if scope["type"] == "http" else send)
 
 
-_METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS"})
+_METHODS = gateway_dav.METHODS | {"GET", "HEAD", "POST"}
 
 
 class _Held(Response):

@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 STALL_SECONDS = 60.0
 # One read of the client core; two of them are in memory for each download.
 PIECE_BYTES = 512 << 10
-SAFE = ("GET", "HEAD", "OPTIONS")
+SAFE = ("GET", "HEAD", "OPTIONS", "PROPFIND")
 # Whatever is stored must not act as a page of this address in somebody's browser.
 HARMLESS = {"x-content-type-options": "nosniff", "content-security-policy": "sandbox; default-src 'none'"}
 

@@ -80,6 +80,15 @@ def is_hidden(name: bytes) -> bool:
     return name.startswith(HIDDEN)
 
 
+def is_text(name: bytes) -> bool:
+    """Whether a name is UTF-8 without control characters and what else XML does not carry."""
+    try:
+        text = name.decode()
+    except UnicodeDecodeError:
+        return False
+    return not any(letter < " " or "\x7f" <= letter < "\xa0" or letter in "\ufffe\uffff" for letter in text)
+
+
 def to_url(names: tuple[bytes, ...], *, directory: bool) -> str:
     """The address of a place, with everything escaped that has to be."""
     path = "/files/" + "/".join(quote_from_bytes(name, safe="") for name in names)

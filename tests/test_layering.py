@@ -49,6 +49,7 @@ DOORS = {
     "lmdb": {"metaserver/store.py"},
     "pyfuse3": {"dfsmount/mount.py", "dfsmount/operations.py"},
     "hypercorn": {"metaserver/httpserver.py"},
+    "wsgidav": {"dfsmount/gateway_dav.py", "dfsmount/gateway_davtree.py"},
     "cryptography": {"metaserver/joining.py"},
 }
 # Beside these, command lines: each package's cli.py, and the modules of the `dfs` command.

@@ -35,9 +35,12 @@ def nothing_left(servers: MountlessCluster) -> Callable[[], bool]:
     return lambda: leftovers(servers) == []
 
 
-def test_nobody_sees_an_upload_before_it_is_complete(gateway: Gateway, servers: MountlessCluster, folder: str) -> None:
+@pytest.mark.parametrize("where", ["/files/", "/dav/"])
+def test_nobody_sees_an_upload_before_it_is_complete(
+    gateway: Gateway, servers: MountlessCluster, folder: str, where: str
+) -> None:
     length = (4 << 20) + 10
-    with uploading(gateway, f"{folder}/file", length) as sock:
+    with uploading(gateway, f"{folder.replace('/files/', where)}/file", length) as sock:
         wait_until(lambda: len(leftovers(servers)) == 1, "the upload has begun")
         assert gateway.names(f"{folder}/") == []
         assert gateway.curl(f"{folder}/file").status == 404
@@ -47,9 +50,12 @@ def test_nobody_sees_an_upload_before_it_is_complete(gateway: Gateway, servers: 
     assert leftovers(servers) == []
 
 
-def test_a_client_that_leaves_leaves_nothing(gateway: Gateway, servers: MountlessCluster, folder: str) -> None:
+@pytest.mark.parametrize("where", ["/files/", "/dav/"])
+def test_a_client_that_leaves_leaves_nothing(
+    gateway: Gateway, servers: MountlessCluster, folder: str, where: str
+) -> None:
     before = gateway.put(f"{folder}/file", b"as it was").headers["etag"]
-    with uploading(gateway, f"{folder}/file"):
+    with uploading(gateway, f"{folder.replace('/files/', where)}/file"):
         wait_until(lambda: len(leftovers(servers)) == 1, "the upload has begun")
     wait_until(nothing_left(servers), "the upload is gone")
     found = gateway.curl(f"{folder}/file")
