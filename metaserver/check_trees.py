@@ -16,6 +16,7 @@ from metaserver.schema import (
     listing_key,
     read_u64,
 )
+from metaserver.trees import MODULUS
 
 _Sums = list[int]
 
@@ -83,7 +84,7 @@ class Trees:
                 seen.add(above)
                 found = expected.setdefault(above, [0, 0, 0, 0])
                 for at, amount in enumerate(own):
-                    found[at] += amount
+                    found[at] = (found[at] + amount) % MODULUS
                 above = None if above == ROOT_INO else self._parent(above)
             if count % SLICE_ROWS == 0:
                 yield None

@@ -23,6 +23,10 @@ from metaserver.schema import Inode, Table, Tree, inode_key, read_u64
 Read = Callable[[bytes], bytes | None]
 Amounts = tuple[int, int, int, int]
 
+# Sums are kept modulo this: three sparse files of 8 EiB in a tree are more than a column holds. What is taken away
+# again leaves the right sum, and no sum, right or wrong, may ever keep a checkpoint from being written.
+MODULUS = 1 << 64
+
 _INODES = int(Table.INODES)
 _INODE_PREFIX = PREFIX[Table.INODES]
 _TREE_PREFIX = PREFIX[Table.TREES]
@@ -134,7 +138,7 @@ class _Sums:
         while directory is not None:
             tree = self._tree(directory)
             for at, amount in enumerate(amounts):
-                tree[at] += amount
+                tree[at] = (tree[at] + amount) % MODULUS
             if directory == ROOT_INO or directory in self._away:
                 return
             directory = parent_of(directory)

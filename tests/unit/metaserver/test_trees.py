@@ -12,7 +12,7 @@ from metaserver.check import check
 from metaserver.errors import DfsError
 from metaserver.inodes import Effects
 from metaserver.overlay import row_key
-from metaserver.protocol import ROOT_INO, InodeFlags, Link, Make, Rename, RenameFlags, Unlink
+from metaserver.protocol import FILE_SIZE_MAX, ROOT_INO, InodeFlags, Link, Make, Rename, RenameFlags, Unlink
 from metaserver.schema import (
     ALL_COUNTED,
     ID_LIMITS,
@@ -180,3 +180,24 @@ def test_counts_are_those_fields_of_the_row() -> None:
     found = trees.counts(inode.pack())
     assert found is not None
     assert found._asdict() == {name: getattr(inode, name) for name in found._fields}
+
+
+def test_sums_that_are_larger_than_any_column_keep_no_checkpoint_from_being_written() -> None:
+    """A metaserver that could not write one would not start again either."""
+    history = History(1)
+    made = [namespace.make(history.tx, 1, Make(ROOT_INO, name, FILE, 0, 0))[0] for name in NAMES]
+    for ino in made:
+        inode = history.inode(ino)
+        inode.size = FILE_SIZE_MAX
+        inodes.save(history.tx, ino, inode)
+    history.checkpoint()
+    assert history.problems() == []
+    for ino in made[1:]:
+        inode = history.inode(ino)
+        inode.size = 7
+        inodes.save(history.tx, ino, inode)
+    history.checkpoint()
+    assert history.problems() == []
+    row = history.tx.get(Table.TREES, inode_key(ROOT_INO))
+    assert row is not None
+    assert Tree.unpack(row).size == FILE_SIZE_MAX + 14
