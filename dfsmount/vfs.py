@@ -3,6 +3,8 @@
 Nothing here knows FUSE: ``operations`` decodes the kernel's requests and encodes these answers.
 """
 
+import stat
+import struct
 from collections.abc import Sequence
 
 import structlog
@@ -25,6 +27,8 @@ FAREWELL_SECONDS = 3.0
 _ACL_PREFIX = b"system.posix_acl_"
 ACCESS_ACL = b"system.posix_acl_access"
 _ACLS = (ACCESS_ACL, b"system.posix_acl_default")
+_PLAIN_ACL = struct.Struct("<IHHIHHIHHI")
+_PLAIN_TAGS = (2, 0x01, 0x04, 0x20)
 # The namespaces that local filesystems have; the kernel checks who may use them.
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
 
@@ -103,9 +107,21 @@ class Vfs:
     async def set_xattr(self, ino: int, name: bytes, value: bytes) -> None:
         """Whether the name must or must not exist was checked by pyfuse3, not in one step with the change."""
         _check_namespace(name)
+        if name == ACCESS_ACL and self._chmod_instead(ino, value):
+            return
         await self._settle(ino, name)
         await self.core.remote.set_xattr(ino, name, value)
         self.core.inodes.doubt(ino)
+
+    def _chmod_instead(self, ino: int, acl: bytes) -> bool:
+        """Whether an access ACL said nothing but a mode, as that of each file that `cp -a` copies, and is set as one:
+        the metaserver may then be told later (``ahead``)."""
+        permissions = _plain_permissions(acl)
+        inode = self.core.inodes.believed(ino)
+        if permissions is None or inode is None or inode.attributes.flags & InodeFlags.HAS_XATTRS:
+            return False
+        mode = stat.S_IMODE(self.core.show(inode).mode) & ~0o777 | permissions
+        return self.files.set_at_once(SetAttributes(ino, mode=mode)) is not None
 
     async def _settle(self, ino: int, name: bytes) -> None:
         """Mode and access ACL depend on each other: a chmod that was answered comes first."""
@@ -232,6 +248,17 @@ class Vfs:
             log.warning("an open file could not be registered again", inode=file.ino, error=str(error))
         else:
             self.core.learn(entry, asked_at)
+
+
+def _plain_permissions(acl: bytes) -> int | None:
+    """The permission bits that an ACL gives if it has no entries but those of owner, group and others; see
+    ``metaserver.acl`` for its form."""
+    if len(acl) != _PLAIN_ACL.size:
+        return None
+    version, user_tag, user, _, group_tag, group, _, other_tag, other, _ = _PLAIN_ACL.unpack(acl)
+    if (version, user_tag, group_tag, other_tag) != _PLAIN_TAGS or max(user, group, other) > 7:
+        return None
+    return int(user << 6 | group << 3 | other)
 
 
 def _check_namespace(name: bytes) -> None:

@@ -491,6 +491,38 @@ async def test_an_acl_and_a_mode_set_before_it_come_in_this_order(a: TestMount, 
     await a.close(handle)
 
 
+async def test_an_acl_that_is_a_mode_is_set_as_one(a: TestMount, b: TestMount, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    ask = a.core.remote.set_xattr
+
+    async def counted(ino: int, name: bytes, value: bytes) -> None:
+        asked.append(value)
+        await ask(ino, name, value)
+
+    monkeypatch.setattr(a.core.remote, "set_xattr", counted)
+    ino, handle = await a.create(b"f")
+    await a.vfs.set_attributes(SetAttributes(ino, mode=0o2777))
+    name = b"system.posix_acl_access"
+    plain = encode([Entry(USER_OBJ, 6), Entry(GROUP_OBJ, 4), Entry(OTHER, 1)])
+    await a.vfs.set_xattr(ino, name, plain)
+    assert not asked
+    assert stat.S_IMODE((await a.vfs.get_attributes(ino)).mode) == 0o2641
+    assert stat.S_IMODE((await b.stat(b"f")).mode) == 0o2641
+    await fails(ErrorCode.NO_ATTRIBUTE, b.vfs.get_xattr, ino, name)
+    # Those that say more or make no sense, of a file that has one, and of one that is not being written.
+    rights = encode([Entry(USER_OBJ, 7), Entry(USER, 5, 1234), Entry(GROUP_OBJ, 4), Entry(MASK, 6), Entry(OTHER, 0)])
+    await fails(ErrorCode.INVALID, a.vfs.set_xattr, ino, name, plain[:4] + plain[12:20] + plain[4:12] + plain[20:])
+    await fails(ErrorCode.INVALID, a.vfs.set_xattr, ino, name, plain[:6] + b"\x08" + plain[7:])
+    await a.vfs.set_xattr(ino, name, rights)
+    await a.vfs.get_attributes(ino)
+    await a.vfs.set_xattr(ino, name, plain)
+    await fails(ErrorCode.NO_ATTRIBUTE, b.vfs.get_xattr, ino, name)
+    await b.vfs.get_attributes(ino)
+    await b.vfs.set_xattr(ino, name, rights)
+    assert len(asked) == 4
+    await a.close(handle)
+
+
 # -- part of the tree, and read-only -------------------------------------------------------------------------------
 
 
