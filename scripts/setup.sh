@@ -82,7 +82,9 @@ install_packages() {
     export DEBIAN_FRONTEND=noninteractive
     # Stale lists are no reason to stop: the installation itself says what it cannot find.
     step "Updating the package lists" apt-get -q update || true
-    step "Installing Debian packages: ${missing[*]}" apt-get -q -y --no-install-recommends install "${missing[@]}"
+    # A machine that has just started often installs updates by itself.
+    step "Installing Debian packages: ${missing[*]}" \
+        apt-get -q -y -o DPkg::Lock::Timeout=300 --no-install-recommends install "${missing[@]}"
 }
 
 # system_setup PACKAGE...: Debian packages (the ones given on top of FUSE's), a usable PYTHON, and /dev/fuse.

@@ -193,7 +193,7 @@ def test_only_missing_packages_are_installed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert machine.ran() == [
         "-q update",
-        "-q -y --no-install-recommends install libfuse3-dev pkg-config",
+        "-q -y -o DPkg::Lock::Timeout=300 --no-install-recommends install libfuse3-dev pkg-config",
     ]
     assert "Installing Debian packages: libfuse3-dev pkg-config ... done in" in done.stdout
 
