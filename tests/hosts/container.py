@@ -16,6 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGES = "systemd,systemd-sysv,dbus,python3,python3-venv,fuse3,libfuse3-3,iproute2,procps,man-db"
 MIRROR = "http://deb.debian.org/debian"
 BOOT_SECONDS = 120.0
+# What a network manager does elsewhere.
+ADDRESS_UNIT = """[Unit]
+DefaultDependencies=no
+Before=network-online.target
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/ip address replace 192.0.2.1/24 dev lo
+"""
 
 
 def build(tree: Path) -> None:
@@ -29,6 +38,12 @@ def build(tree: Path) -> None:
     for name in ("dfsmount", "metaserver", "chunkserver", "systemd", "README.md"):
         subprocess.run(["cp", "-a", str(ROOT / name), str(home)], check=True)
     _virtual_environment(tree, home)
+    unit = tree / "usr/lib/systemd/system/test-address.service"
+    unit.write_text(ADDRESS_UNIT)
+    wants = tree / "usr/lib/systemd/system/network-online.target.wants"
+    wants.mkdir(exist_ok=True)
+    (wants / unit.name).unlink(missing_ok=True)
+    (wants / unit.name).symlink_to(f"../{unit.name}")
 
 
 def _virtual_environment(tree: Path, home: Path) -> None:
@@ -104,7 +119,6 @@ def booted(tree: Path, name: str) -> Iterator[Container]:
             "the container boots",
             BOOT_SECONDS,
         )
-        container.run("ip link set lo up; ip address replace 192.0.2.1/24 dev lo")
         yield container
         container.run("systemctl --no-block poweroff", check=False)
         host.wait(BOOT_SECONDS)
