@@ -212,7 +212,7 @@ class Driver(Operations):
         await self._files.drop_special_bits(self._inside(node))
 
     async def _statistics(self, request: Request) -> bytes:
-        data = await self.statfs(_context(request))
+        data = await self.statfs_of(request.node, _context(request))
         return fusewire.STATFS_OUT.pack(
             data.f_blocks, data.f_bfree, data.f_bavail, data.f_files, data.f_ffree,
             data.f_bsize, data.f_namemax, data.f_frsize,

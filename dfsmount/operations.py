@@ -282,17 +282,24 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def statfs(self, ctx: Asker) -> StatvfsData:
+        """Of all of the mount: pyfuse3 does not tell which inode the kernel asks about."""
         return await self._ask_statistics(pyfuse3.ROOT_INODE, ctx)
+
+    @_guarded
+    async def statfs_of(self, inode: int, ctx: Asker) -> StatvfsData:
+        """As limited by a quota on a directory in which the inode is."""
+        return await self._ask_statistics(inode, ctx)
 
     @bounded(Kind.NAMES)
     async def _ask_statistics(self, inode: int, ctx: Asker) -> StatvfsData:
-        stats = await self._vfs.statistics()
+        stats = await self._vfs.statistics(self._inside(inode))
         data = StatvfsData()
         data.f_bsize = data.f_frsize = STATFS_BLOCK_BYTES
         data.f_blocks = stats.total // STATFS_BLOCK_BYTES
         data.f_bfree = data.f_bavail = stats.free // STATFS_BLOCK_BYTES
-        data.f_files = stats.inodes + FREE_INODES
-        data.f_ffree = data.f_favail = FREE_INODES
+        free = FREE_INODES if stats.free_inodes < 0 else stats.free_inodes
+        data.f_files = stats.inodes + free
+        data.f_ffree = data.f_favail = free
         data.f_namemax = NAME_MAX
         return data
 

@@ -3,6 +3,7 @@
 Nothing here knows FUSE: ``operations`` decodes the kernel's requests and encodes these answers.
 """
 
+import math
 import stat
 import struct
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from metaserver.protocol import FsStats, InodeFlags, Opened, SetAttributes
 log = structlog.get_logger(__name__)
 
 STATS_SECONDS = 1.0
+STATS_KEPT = 100
 # What is open is told to a metaserver that is there; another learns it with the end of the session.
 FAREWELL_SECONDS = 3.0
 _ACL_PREFIX = b"system.posix_acl_"
@@ -41,8 +43,8 @@ class Vfs:
         self.root = root
         self.names = Names(core, root)
         self.files = Files(core)
-        self._stats: FsStats | None = None
-        self._stats_until = 0.0
+        # By inode, with when they are to be asked for again.
+        self._stats: dict[int, tuple[float, FsStats]] = {}
         self._reopen = trio.Event()
 
     async def run(self) -> None:
@@ -76,13 +78,16 @@ class Vfs:
         """The kernel gives back ``count`` of its references."""
         self.core.inodes.forget(ino, count)
 
-    async def statistics(self) -> FsStats:
-        """Space and inodes, at most a second old."""
+    async def statistics(self, ino: int) -> FsStats:
+        """Space and inodes as they are for what is made beside an inode, at most a second old."""
         now = self.core.inodes.now()
-        if self._stats is None or now >= self._stats_until:
-            self._stats = await self.core.remote.stat_fs(self.root)
-            self._stats_until = now + STATS_SECONDS
-        return self._stats
+        until, stats = self._stats.get(ino, (-math.inf, None))
+        if stats is None or now >= until:
+            stats = await self.core.remote.stat_fs(ino)
+            if len(self._stats) >= STATS_KEPT:
+                self._stats.clear()
+            self._stats[ino] = now + STATS_SECONDS, stats
+        return stats
 
     # -- extended attributes -----------------------------------------------------------------------------------
 

@@ -165,6 +165,20 @@ def test_a_restarted_metaserver_knows_usage(own_cluster: RealCluster) -> None:
     own_cluster.check()
 
 
+def test_df_shows_the_quota_inside_of_its_tree(cluster: RealCluster, limited: Path) -> None:
+    (limited / "below").mkdir()
+    (limited / "below/file").write_bytes(bytes(MIB))
+    cluster.dfs("quota", "set", "--bytes", "8M", "--inodes", "10", limited)
+    for path in (limited, limited / "below", limited / "below/file"):
+        # What was asked for a moment ago is believed for a second.
+        wait_until(lambda path=path: os.statvfs(path).f_blocks * os.statvfs(path).f_frsize == 8 * MIB, "df shows it")  # type: ignore[misc]
+        space = os.statvfs(path)
+        assert (space.f_bavail * space.f_frsize, space.f_files, space.f_favail) == (7 * MIB, 10, 8)
+    assert os.statvfs(cluster.mnt).f_blocks * space.f_frsize > 8 * MIB
+    shown = subprocess.run(["df", "--output=size,avail,iavail", limited], capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines()[1].split() == ["8192", "7168", "8"]
+
+
 def test_nothing_moves_between_quotas_but_as_a_copy(cluster: RealCluster, limited: Path) -> None:
     inside, outside = limited / "in", limited.with_name(limited.name + "-out")
     inside.mkdir()
