@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dfsmount import dfs_completion, dfs_gateway, dfs_host, dfs_manage, dfs_member, dfs_usage, dfs_verbs
+from dfsmount import dfs_completion, dfs_gateway, dfs_host, dfs_manage, dfs_member, dfs_trash, dfs_usage, dfs_verbs
 from dfsmount.dfs_options import AsJson, Data, KeyFile, Metaserver, Servers, end, find, print_json, say
 
 app = typer.Typer(
@@ -207,6 +207,7 @@ dfs_verbs.add_to(app)
 dfs_member.add_to(app)
 dfs_usage.add_to(app)
 dfs_host.add_to(app)
+app.add_typer(dfs_trash.app, name="trash")
 
 
 def main() -> None:

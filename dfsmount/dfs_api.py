@@ -29,6 +29,11 @@ from metaserver.protocol import (
     SetCopies,
     SetQuota,
     Status,
+    TrashEmptied,
+    TrashEmpty,
+    TrashPage,
+    TrashRestore,
+    TrashRestored,
     TreeStatus,
 )
 
@@ -160,6 +165,16 @@ class Api:
 
     def remove_quota(self, ino: int) -> QuotaStatus:
         return self._post(f"/v1/quotas/{ino}/remove", SetQuota(), QuotaStatus)
+
+    def trash(self, below: str, position: str) -> TrashPage:
+        """Some of what was deleted at or below a path, from where the last page's ``next`` says."""
+        return self._get(f"/v1/trash?path={quote(below, safe='')}&after={position}", TrashPage)
+
+    def trash_restore(self, told: TrashRestore) -> list[TrashRestored]:
+        return self._post("/v1/trash/restore", told, list[TrashRestored])
+
+    def trash_empty(self, told: TrashEmpty) -> TrashEmptied:
+        return self._post("/v1/trash/empty", told, TrashEmptied, CHECK_SECONDS)
 
     def check(self) -> CheckReport:
         return self._get("/v1/check", CheckReport, CHECK_SECONDS)

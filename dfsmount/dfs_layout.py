@@ -37,6 +37,8 @@ class Cluster(msgspec.Struct, forbid_unknown_fields=True):
     port: int = DEFAULT_PORT
     servers: int = 3
     copies: int = 2
+    # How long deleted files are kept; 0: they are gone when they are deleted.
+    trash_seconds: float = 86400.0
 
     @property
     def address(self) -> str:
@@ -116,8 +118,8 @@ class Layout:
         write_toml(self.cluster_file, "Written by the first `dfs up`.", msgspec.to_builtins(cluster))
 
 
-def write_toml(path: Path, comment: str, values: Mapping[str, str | int | list[str]]) -> None:
-    """Replaces ``path`` at once; strings, lists of them and whole numbers are enough here."""
+def write_toml(path: Path, comment: str, values: Mapping[str, str | float | list[str]]) -> None:
+    """Replaces ``path`` at once; strings, lists of them and numbers are enough here."""
     lines = [f"# {comment}", *(f"{key} = {toml_value(value)}" for key, value in values.items())]
     temporary = path.with_name(path.name + ".new")
     try:
@@ -127,7 +129,7 @@ def write_toml(path: Path, comment: str, values: Mapping[str, str | int | list[s
         raise Problem(f"cannot write {path}: {error.strerror}") from None
 
 
-def toml_value(value: str | int | list[str]) -> str:
+def toml_value(value: str | float | list[str]) -> str:
     """A TOML literal. A JSON string is a TOML basic string: both escape in the same way; and lists look the same."""
     return msgspec.json.encode(value).decode()
 

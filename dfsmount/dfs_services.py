@@ -72,6 +72,7 @@ def write_configs(layout: Layout, cluster: Cluster) -> None:
             "http_port": cluster.http_port,
             "key_file": str(layout.key_file),
             "copies": cluster.copies,
+            "trash_seconds": cluster.trash_seconds,
         },
     )
     for number in range(1, cluster.servers + 1):
@@ -127,6 +128,7 @@ def merged(found: Cluster, wanted: Wanted) -> Cluster:
         found.port if wanted.port is None else wanted.port,
         found.servers if wanted.servers is None else wanted.servers,
         found.copies if wanted.copies is None else wanted.copies,
+        found.trash_seconds,
     )
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dfsmount import dfs_api, dfs_find, dfs_mounts, dfs_processes
 from dfsmount.dfs_layout import HOST, Cluster, Layout, Problem, default_data
 from dfsmount.dfs_processes import Service, Started
 from dfsmount.dfs_services import Say, Wanted, choose, locked, mount, services, write_configs
+from metaserver.protocol import TrashEmpty
 
 # A start replays the changelog and lists every chunk; on a slow disk with much data that takes a while.
 START_SECONDS = 120.0
@@ -37,6 +39,7 @@ def up(data: Path, mountpoint: Path, wanted: Wanted, say: Say) -> bool:
         dfs_find.register(cluster.address, data)
         if started or mounted:
             say(probe(mountpoint))
+            give_up_probe(data)
         return started or mounted
 
 
@@ -170,7 +173,7 @@ def probe(mountpoint: Path) -> str:
 
     A full cluster is not a failure of the mount, but something to say.
     """
-    name = f".dfs-up-probe-{socket.gethostname()}-{os.getpid()}"
+    name = probe_name()
     outcome: list[OSError | None] = []
 
     def run() -> None:
@@ -196,6 +199,16 @@ def probe(mountpoint: Path) -> str:
     raise Problem(
         f"{mountpoint} is mounted, but writing a file there fails: {error.strerror or error} (see `dfs status`)"
     )
+
+
+def probe_name() -> str:
+    return f".dfs-up-probe-{socket.gethostname()}-{os.getpid()}"
+
+
+def give_up_probe(data: Path) -> None:
+    """Nobody wants to see the probe file in the trash; it does no harm there either."""
+    with suppress(Problem), dfs_api.Api(dfs_find.access_to_data(data)) as api:
+        api.trash_empty(TrashEmpty(f"/{probe_name()}"))
 
 
 def try_file(path: Path) -> None:

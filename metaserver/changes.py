@@ -271,8 +271,9 @@ class Changes:
             if found:
                 return found
         least = min(wanted, self._config.min_copies)
+        needed = self._trash.least(message.needed)
         try:
-            return self._members.place_new(wanted, least, message.host, message.avoid, message.never, message.needed)
+            return self._members.place_new(wanted, least, message.host, message.avoid, message.never, needed)
         except DfsError as error:
             if error.code is ErrorCode.NO_SPACE:
                 self._members.refused_at = self._clock.seconds

@@ -50,7 +50,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     # 0: never by itself.
     rebalance_threshold: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.1
     # 0: what is deleted is gone at once.
-    trash_seconds: Annotated[float, msgspec.Meta(ge=0, le=MOST_TRASH_SECONDS)] = 0.0
+    trash_seconds: Annotated[float, msgspec.Meta(ge=0, le=MOST_TRASH_SECONDS)] = 86400.0
     trash_files: Positive = 1_000_000
     # 0: never.
     clean_bytes_per_second: Annotated[int, msgspec.Meta(ge=0)] = 16 << 20

@@ -29,6 +29,8 @@ from metaserver.service import Service
 from metaserver.snapshot import SnapshotFailed
 from metaserver.status import StatusReader
 from metaserver.store import StoreFull
+from metaserver.trash_admin import TrashAdmin
+from metaserver.trash_admin import routes as trash_routes
 
 
 class ServiceMetrics(Collector):
@@ -55,6 +57,8 @@ class ServiceMetrics(Collector):
             "open_chunks": ("Chunks being written", len(service.members.open_chunks)),
             "orders": ("Orders under way", len(service.repair)),
             "tasks": ("Tasks that continue in steps", len(service.tasks)),
+            "trash_files": ("Deleted files that are kept", service.trash.files),
+            "trash_bytes": ("What is in them, which goes when the space is needed", service.trash.bytes),
             **self._moving(),
         }
         for name, (text, value) in gauges.items():
@@ -118,6 +122,7 @@ def make_app(
     """The application, with ``more`` routes; every path but ``/health`` and joining needs the token of ``key``."""
     registry = CollectorRegistry()
     page = Page()
+    trash_admin = TrashAdmin(service.committer, service.changes, service.trash)
     registry.register(ServiceMetrics(service, status))
 
     async def register(request: Request) -> Response:
@@ -182,6 +187,7 @@ def make_app(
         Route("/v1/snapshot", make_snapshot, methods=["POST"]),
         *admin_routes(admin),
         *more,
+        *trash_routes(trash_admin, service.changes),
         Route("/servers", servers),
         Route("/health", health),
         Route("/metrics", metrics),

@@ -702,6 +702,9 @@ CHANGES = frozenset(
 # GET  /v1/trees/{ino}               TreeStatus, what is in a directory and all below
 # GET  /v1/quotas                    list of QuotaStatus;  GET /v1/quotas/{ino}
 # POST /v1/quotas/{ino}              SetQuota -> QuotaStatus;  POST /v1/quotas/{ino}/remove -> QuotaStatus
+# GET  /v1/trash?path=&after=&count=  TrashPage
+# POST /v1/trash/restore             TrashRestore -> list of TrashRestored
+# POST /v1/trash/empty               TrashEmpty -> TrashEmptied
 #   (in these {server} is a number or a name)
 # GET  /v1/check                     CheckReport;  POST /v1/snapshot makes a snapshot file
 # GET  /servers                      list of ServerStatus;  GET /metrics;  GET /health (without a token)
@@ -977,6 +980,62 @@ class TrashStatus(Json):
     bytes: int
     seconds: float
     counted: bool
+
+
+class TrashEntry(Json):
+    """Something deleted: ``path`` from the root is where it would be restored to; it begins with ``?`` if its directory
+    is gone for good. ``kind``: file, link or directory. ``host``: where it was deleted."""
+
+    id: int
+    path: str
+    kind: str
+    size: int
+    uid: int
+    gid: int
+    deleted_ns: int
+    expires_ns: int
+    host: str
+
+
+class TrashPage(Json):
+    """``next`` goes on with the listing; "": there is nothing more."""
+
+    entries: list[TrashEntry]
+    next: str
+
+
+class TrashRestore(Json):
+    """Restores these entries to where they were; with ``name`` (base64), one of them to that name in directory
+    ``parent``."""
+
+    ids: list[int]
+    parent: int = 0
+    name: bytes = b""
+
+
+class TrashRestored(Json):
+    """Where an entry is again; or ``error``, an ``ErrorCode`` name, and why."""
+
+    id: int
+    path: str
+    error: str = ""
+    text: str = ""
+
+
+class TrashEmpty(Json):
+    """Purges what is at or below ``path`` ("": all) and was deleted so long ago; page by page as in TrashPage."""
+
+    path: str = ""
+    older_than_seconds: float = 0.0
+    after: str = ""
+
+
+class TrashEmptied(Json):
+    """What this page has purged; ``next`` as in TrashPage."""
+
+    files: int
+    bytes: int
+    next: str
 
 
 class RebalanceStatus(Json):

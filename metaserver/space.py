@@ -25,8 +25,9 @@ LEAST_LIMIT = 8 << 20
 # What a chunk's file takes beside its payload: header, and an index of 64 bytes for each block, rounded up.
 _FIXED_BYTES = 64 << 10
 _BLOCK_SHARE = 512
-# So much of all is kept free of deleted files: more than what makes space short.
-TRASH_PART = 16
+# So much of all is kept free of deleted files: more than what makes space short, and enough for a few writers, unless
+# that were much of a small disk.
+_KEPT_PART, _KEPT_LIMITS, _MOST_KEPT_PART = 16, 4, 4
 # Space is short when less than this part of all is left...
 SHORT_PART = 20
 # ...and pressing on a server that has no room for so many whole chunks, or for so long after a refusal.
@@ -95,6 +96,11 @@ def placeable(volumes: Iterable[Volume], copies: int) -> int:
         filled += volume.room
         servers -= volume.servers
     return filled // copies if copies else 0
+
+
+def kept_free(total: int) -> int:
+    """Bytes of ``total`` that deleted files may not take up."""
+    return max(total // _KEPT_PART, min(_KEPT_LIMITS * LEAST_LIMIT, total // _MOST_KEPT_PART))
 
 
 def is_short(total: int, free: int) -> bool:

@@ -34,7 +34,7 @@ PRESSED_SECONDS = 5.0
 # How long it takes until a deleted chunk is told as free space, beside the grace: orders, and then heartbeats.
 GIVEN_BACK_SECONDS = 6.0
 # What is purged at first when a writer has found no space; twice as much for each further time it takes to come back.
-FIRST_BYTES = 2 * space.LEAST_LIMIT
+FIRST_BYTES = 8 * space.LEAST_LIMIT
 # Writers wait no longer for space to come back.
 PATIENCE_SECONDS = 20.0
 _NEVER = float("-inf")
@@ -52,7 +52,7 @@ class Trash:
         self._config = config
         self._members = members
         self._clock = clock
-        self._now_ns = now_ns
+        self.now_ns = now_ns
         self.carry_out: Callable[[Effects], None]
         self.files = 0
         self.bytes = 0
@@ -60,7 +60,9 @@ class Trash:
         # When and how many bytes were purged of late.
         self._purged: deque[tuple[float, int]] = deque()
         self._pressed = trio.Event()
-        self._pressed_at = self._pressed_since = _NEVER
+        # When somebody last found no space, and since when nobody has found any.
+        self._pressed_at = _NEVER
+        self._pressed_since: float | None = None
 
     # -- what is put into it ---------------------------------------------------------------------------------------
 
@@ -96,22 +98,28 @@ class Trash:
     @property
     def makes_room(self) -> bool:
         """Whether space may come back for somebody who has found none."""
-        now = self._clock.seconds
-        if now - self._pressed_since > PATIENCE_SECONDS:
+        since = self._pressed_since
+        if since is not None and self._clock.seconds - since > PATIENCE_SECONDS:
             return False
         return self.files > 0 or self._counted_to is not None or self._on_its_way(GIVEN_BACK_SECONDS) > 0
+
+    def least(self, needed: int) -> int:
+        """How many bytes a new chunk must take, of which a writer needs so many (0: all that a chunk can): as long as
+        there may be more space soon, none is handed out that is too small to be of much use."""
+        return max(needed, space.LEAST_LIMIT) if needed and self.makes_room else needed
 
     def press(self) -> None:
         """Somebody has found no space."""
         now = self._clock.seconds
-        if now - self._pressed_at > PRESSED_SECONDS:
+        if self._pressed_since is None or not self._is_pressed:
             self._pressed_since = now
         self._pressed_at = now
         self._pressed.set()
 
     def relieved(self) -> None:
         """Somebody has found space."""
-        self._pressed_at = self._pressed_since = _NEVER
+        self._pressed_at = _NEVER
+        self._pressed_since = None
 
     @property
     def _is_pressed(self) -> bool:
@@ -120,10 +128,11 @@ class Trash:
     def _lacking(self) -> int:
         """Bytes that have to be purged now."""
         total, free = self._members.working_space(self._config.copies)
-        lacking = total // space.TRASH_PART - free
+        lacking = space.kept_free(total) - free
         if not self._is_pressed:
             return lacking - self._on_its_way(self._config.delete_grace_seconds + GIVEN_BACK_SECONDS)
-        waited = int((self._clock.seconds - self._pressed_since) / GIVEN_BACK_SECONDS)
+        since = self._clock.seconds if self._pressed_since is None else self._pressed_since
+        waited = int((self._clock.seconds - since) / GIVEN_BACK_SECONDS)
         return max(lacking, FIRST_BYTES << min(waited, 20)) - self._on_its_way(GIVEN_BACK_SECONDS)
 
     def _on_its_way(self, seconds: float) -> int:
@@ -161,7 +170,7 @@ class Trash:
         elif self.files > self._config.trash_files:
             step = self._step(_EVERYTHING, _EVERYTHING, self.files - self._config.trash_files)
         else:
-            step = self._step(self._now_ns(), _EVERYTHING)
+            step = self._step(self.now_ns(), _EVERYTHING)
         return step.entries > 0
 
     def _step(self, until_ns: int, enough: int, most: int = trash.PURGE_ENTRIES) -> Purged:

@@ -10,6 +10,7 @@ from metaserver.protocol import (
     ScrubStatus,
     ServerStatus,
     Status,
+    TrashStatus,
 )
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -116,9 +117,17 @@ def summary_lines(status: Status, http: str) -> list[str]:
         *([f"repair      {repair_text(status.repair)}"] if status.repair and repair_text(status.repair) else []),
         *([f"rebalance   {moving_text(status.rebalance)}"] if status.rebalance and moves(status.rebalance) else []),
         *([f"at work     {work_text(status)}"] if status.tasks or status.orders else []),
+        *([f"trash       {trash_text(status.trash)}"] if status.trash and status.trash.files else []),
         *([f"cleaner     {cleaner_text(status.cleaner)}"] if cleaner_text(status.cleaner) else []),
         *([f"changelog   {recovery_text(status)}"] if status.recovery_checked_seconds >= 0 else []),
     ]
+
+
+def trash_text(trash: TrashStatus) -> str:
+    """What was deleted and is still there."""
+    more = "" if trash.counted else " or more"
+    kept = f"kept for {seconds_text(trash.seconds)} or until the space is needed"
+    return f"{count_text(trash.files, 'deleted file')}{more}, {bytes_text(trash.bytes)}, {kept}"
 
 
 def recovery_text(status: Status) -> str:

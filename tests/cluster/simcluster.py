@@ -62,6 +62,8 @@ class Cluster:
             session_deadline_seconds=self.random.choice((6.0, 20.0)),
             window_seconds=self.random.choice((3.0, 8.0)),
             delete_grace_seconds=self.random.choice((1.0, 5.0)),
+            # Of its own, so that older seeds do all else as they did.
+            trash_seconds=Random(f"{seed} trash").choice((0.0, 0.0, 2.0, 86400.0)),
         )
         self.world = World(
             random=Random(f"{seed} nodes"),

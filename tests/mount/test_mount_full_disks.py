@@ -129,6 +129,7 @@ def test_all_chunkservers_are_full_and_rm_makes_space(disks: SmallDisks) -> None
         disks.make(name, 160)
     disks.up()
     mnt = disks.cluster.mnt
+    wait_until(lambda: disks.cluster.status().chunks.open == 0, "nothing is reserved for the probe's chunk any more")
     promised = os.statvfs(mnt).f_bavail * os.statvfs(mnt).f_frsize
     (mnt / "d").mkdir()
     safe = put_until_full(mnt / "d", 4 * MIB)

@@ -38,6 +38,7 @@ def hasty_cluster(tmp_path: Path) -> Iterator[RealCluster]:
     cluster = RealCluster(tmp_path)
     try:
         cluster.layout.prepare()
+        cluster.wanted.trash_seconds = 0
         cluster.layout.write_cluster(cluster.wanted)
         dfs_services.write_configs(cluster.layout, cluster.wanted)
         with cluster.layout.config("metaserver").open("a") as config:

@@ -73,6 +73,7 @@ def test_every_command_has_json_or_nothing_to_show(name: str) -> None:
 def test_every_command_has_a_page_with_its_options_and_example() -> None:
     assert set(PAGES) == {"dfs.1", *(f"{dfs_man.page_name(name)}.1" for name in COMMANDS)}
     assert "dfs-quota-set.1" in PAGES
+    assert "dfs-trash-list.1" in PAGES
     for name, command in COMMANDS.items():
         text = PAGES[f"{dfs_man.page_name(name)}.1"]
         assert ".SH EXAMPLES" in text

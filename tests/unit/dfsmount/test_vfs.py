@@ -367,6 +367,22 @@ async def test_what_a_rename_replaces_is_not_written_any_more(a: TestMount) -> N
     await a.close(handle)
 
 
+async def test_what_goes_to_the_trash_is_written_nevertheless(tmp_path: Path) -> None:
+    async with open_plant(tmp_path, trash_seconds=3600.0) as plant, plant.mount() as mount:
+        deleted, handle = await mount.create(b"deleted", b"data")
+        await mount.close(handle)
+        await mount.names.unlink(mount.root, b"deleted", directory=False)
+        replaced, handle = await mount.create(b"f", b"old data")
+        await mount.close(handle)
+        await mount.create(b"f.new", b"new")
+        await mount.names.rename(mount.root, b"f.new", mount.root, b"f", 0)
+        assert mount.writer.dirty_bytes, "nothing was thrown away"
+        assert plant.parts.trash.files == 2
+        await mount.core.flush(deleted)
+        await mount.core.flush(replaced)
+        assert {deleted, replaced} <= set(mount.writer.flushed)
+
+
 # -- attributes ----------------------------------------------------------------------------------------------------
 
 

@@ -213,8 +213,8 @@ class Plant:
 
 
 @asynccontextmanager
-async def open_plant(directory: Path) -> AsyncIterator[Plant]:
-    config = Config(data=str(directory), window_seconds=0.05)
+async def open_plant(directory: Path, *, trash_seconds: float = 0.0) -> AsyncIterator[Plant]:
+    config = Config(data=str(directory), window_seconds=0.05, trash_seconds=trash_seconds)
     async with open_committer(directory) as committer, trio.open_nursery() as nursery:
         parts = Parts(committer, config, "cluster")
         parts.load()

@@ -139,9 +139,8 @@ def test_the_largest_pages_fit_into_a_frame() -> None:
 
 
 def test_the_routes_of_the_docstring_are_served() -> None:
+    files = ("http.py", "admin.py", "treecontrol.py", "trash_admin.py")
     source = Path(protocol.__file__).read_text()
-    served = "".join(
-        Path(protocol.__file__).with_name(name).read_text() for name in ("http.py", "admin.py", "treecontrol.py")
-    )
-    for route in re.findall(r"^# (?:GET|POST)\s+(/\S+)", source, re.MULTILINE):
+    served = "".join(Path(protocol.__file__).with_name(name).read_text() for name in files)
+    for route in re.findall(r"^# (?:GET|POST)\s+(/[^\s?]+)", source, re.MULTILINE):
         assert f'"{route}"' in served, route
