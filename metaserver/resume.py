@@ -228,6 +228,8 @@ class Resuming:
                 await self._do_again([session])
             await self._release(session)
             session.resuming, session.returned = False, True
+            # It had nothing to say while it waited for this answer, for as long as others took to return.
+            session.heard = self._clock.seconds
             self._flushing.connected(session)
             log.info("session resumed", session=session.id, host=session.row.host, resent=len(session.results))
         await self._committer.wait_durable(self._committer.newest)
@@ -366,6 +368,7 @@ class Resuming:
         log.info("session ended", session=session.id, host=session.row.host, reason=reason)
 
     def overdue(self) -> list[SessionState]:
-        """Sessions that have been silent for longer than their deadline."""
+        """Sessions that have been silent for longer than their deadline, and do not wait for us to have returned."""
         before = self._clock.seconds - self._config.session_deadline_seconds
-        return [session for session in self._sessions.by_id.values() if session.heard < before]
+        silent = (session for session in self._sessions.by_id.values() if session.heard < before)
+        return [session for session in silent if not (session.resuming and session.ready and session.connection)]

@@ -273,6 +273,22 @@ async def test_the_window_closes_when_all_have_returned(data: Path, autojump_clo
         assert not metaserver.parts.sessions.missing
 
 
+async def test_who_waits_for_others_to_return_is_not_silent(data: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """The window may last as long as the deadline of sessions, and a mount that returns has nothing to say in it."""
+    async with running(data) as metaserver:
+        waiting, stuck = await metaserver.mount(), await metaserver.mount()
+    async with running(data, session_deadline_seconds=12.0) as metaserver:
+        start = trio.current_time()
+        stuck.connection = (await metaserver.connect()).connection
+        await stuck.open_session(stuck.session)
+        await come_back(metaserver, waiting)
+        assert trio.current_time() - start > 15
+        # Until it would say that it lives.
+        await trio.sleep(5)
+        assert set(metaserver.parts.sessions.by_id) == {waiting.session}
+        await waiting.call(protocol.KEEP_ALIVE, protocol.KeepAlive(0, 0))
+
+
 async def test_what_a_power_cut_took_is_done_again_in_its_old_order(
     data: Path, tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
