@@ -5,33 +5,19 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from bench_measure import MemoryWatch, cpu_seconds
-from bench_targets import TARGETS, Target, TargetError
+from bench_measure import MemoryWatch, cpu_seconds, wire
+from bench_report import Results, Sample, document
+from bench_targets import TARGETS, Target, TargetError, run
 from bench_workloads import MIB, QUICK, WORKLOADS, Place, Sizes, Sources, Workload
 
 DEFAULT_WORK = Path("/var/tmp/dfs-bench")
 # A workload that takes longer than this is pathological; what follows is not worth waiting for.
 NOTABLE_SECONDS = 120.0
-
-
-class Sample(NamedTuple):
-    """One run of one workload on one target; ``cpu`` is by role of its processes."""
-
-    target: str
-    workload: str
-    seconds: float
-    amount: float
-    cpu: dict[str, float]
-
-    def value(self, unit: str) -> float:
-        return self.seconds if unit == "s" else self.amount / self.seconds
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -42,6 +28,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small amounts, one round: does it work at all?")
     parser.add_argument("--size", type=int, default=0, metavar="MIB", help="of the big file (default: 1024)")
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help=f"work directory (default: {DEFAULT_WORK})")
+    parser.add_argument(
+        "--minutes", type=float, default=25.0, help="begins no round that would end later (default: 25)"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="the tables, as for docs/performance.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every single result, as JSON")
     parser.add_argument("--list", action="store_true", help="list the workloads")
     return parser.parse_args(arguments)
@@ -79,12 +69,13 @@ def measure(target: Target, workload: Workload, place: Place, memory: MemoryWatc
         os.sync()
     roles = target.processes()
     memory.watch(target.name, roles)
+    load, sent = os.getloadavg()[0], wire()
     before = {role: sum(map(cpu_seconds, pids)) for role, pids in roles.items()}
     started = time.monotonic()
     amount = workload.run(place)
     seconds = time.monotonic() - started
     cpu = {role: sum(map(cpu_seconds, pids)) - before[role] for role, pids in roles.items()}
-    return Sample(target.name, workload.name, seconds, amount, cpu)
+    return Sample(target.name, workload.name, seconds, amount, cpu, wire().since(sent), load)
 
 
 def one_round(
@@ -104,47 +95,28 @@ def one_round(
             value = f"{sample.value(workload.unit):10.2f} {workload.unit}"
             print(f"round {number + 1}  {workload.name:<28} {target.name:<10} {value}{slow}", flush=True)
     for place in places.values():
-        shutil.rmtree(place.root)
+        run("rm", "-rf", place.root)
     return samples
 
 
-def medians(samples: Sequence[Sample], workload: Workload) -> dict[str, float]:
-    values: dict[str, list[float]] = {}
-    for sample in samples:
-        if sample.workload == workload.name:
-            values.setdefault(sample.target, []).append(sample.value(workload.unit))
-    return {target: statistics.median(found) for target, found in values.items()}
-
-
-def ratio(workload: Workload, ours: float, other: float) -> float:
-    """How many times as fast we are."""
-    return other / ours if workload.unit == "s" else ours / other
-
-
-def report(samples: Sequence[Sample], workloads: Sequence[Workload], names: Sequence[str], memory: MemoryWatch) -> None:
-    others = [name for name in names if name != "ours"] if "ours" in names else []
-    print("\nMedians; then how many times as fast as each we are (above 1: faster)\n")
-    head = [f"{name:>12}" for name in names] + [f"{'/ ' + name:>12}" for name in others]
-    print(f"{'workload':<30}{'unit':<7}" + "".join(head))
-    for workload in workloads:
-        found = medians(samples, workload)
-        cells = [f"{found[name]:12.2f}" for name in names]
-        cells += [f"{ratio(workload, found['ours'], found[name]):12.2f}" for name in others]
-        print(f"{workload.name:<30}{workload.unit:<7}" + "".join(cells))
-    print("\nCPU seconds of the processes that serve it, one run (median)\n")
-    for workload in workloads:
-        parts = [f"{name}: {cpu_text(samples, workload.name, name)}" for name in names if name != "local"]
-        print(f"{workload.name:<30}" + "   ".join(parts))
-    print("\nLargest RssAnon of one process, MiB")
-    for role, largest in sorted(memory.largest.items()):
-        print(f"  {role:<28}{largest / MIB:8.1f}")
-
-
-def cpu_text(samples: Sequence[Sample], workload: str, target: str) -> str:
-    found = [sample.cpu for sample in samples if (sample.workload, sample.target) == (workload, target)]
-    roles = {role for cpu in found for role in cpu}
-    parts = {role: statistics.median([cpu.get(role, 0.0) for cpu in found]) for role in sorted(roles)}
-    return ", ".join(f"{role} {seconds:.2f}" for role, seconds in parts.items() if seconds >= 0.005) or "0"
+def all_rounds(
+    options: argparse.Namespace,
+    targets: Sequence[Target],
+    workloads: Sequence[Workload],
+    sources: Sources,
+    memory: MemoryWatch,
+) -> tuple[list[Sample], int]:
+    """As many rounds as are wanted and fit into the time (at least one), and how many that were."""
+    began, longest, samples = time.monotonic(), 0.0, list[Sample]()
+    wanted = options.rounds or (1 if options.quick else 3)
+    for number in range(wanted):
+        started = time.monotonic()
+        if number and started + longest > began + 60 * options.minutes:
+            print(f"no more rounds: another {longest:.0f} s would pass the {options.minutes:g} minutes", flush=True)
+            return samples, number
+        samples += one_round(number, targets, workloads, sources, memory)
+        longest = max(longest, time.monotonic() - started)
+    return samples, wanted
 
 
 def to_json(samples: Sequence[Sample], sizes: Sizes, memory: MemoryWatch) -> str:
@@ -155,7 +127,7 @@ def to_json(samples: Sequence[Sample], sizes: Sizes, memory: MemoryWatch) -> str
     )
 
 
-def run(options: argparse.Namespace) -> None:
+def compare(options: argparse.Namespace) -> None:
     workloads = choose_workloads(options.only)
     if not workloads:
         raise TargetError(f"--only {options.only}: no workload has that in its name (see --list)")
@@ -169,7 +141,6 @@ def run(options: argparse.Namespace) -> None:
     targets = choose_targets(options.on, options.work)
     options.work.mkdir(parents=True)
     memory = MemoryWatch()
-    samples: list[Sample] = []
     started: list[Target] = []
     try:
         sources = Sources(options.work, sizes)
@@ -177,14 +148,17 @@ def run(options: argparse.Namespace) -> None:
         for target in targets:
             started.append(target)
             target.start()
-        for number in range(options.rounds or (1 if options.quick else 3)):
-            samples += one_round(number, targets, workloads, sources, memory)
+        samples, rounds = all_rounds(options, targets, workloads, sources, memory)
     finally:
         memory.close()
         for target in reversed(started):
             target.stop()
         shutil.rmtree(options.work, ignore_errors=True)
-    report(samples, workloads, [target.name for target in targets], memory)
+    results = Results(samples, workloads, [target.name for target in targets])
+    tables = document(results, memory.largest, rounds, sizes)
+    print(f"\n{tables}")
+    if options.markdown:
+        options.markdown.write_text(tables)
     if options.json:
         options.json.write_text(to_json(samples, sizes, memory))
 
@@ -195,7 +169,7 @@ def main() -> None:
         print("\n".join(workload.name for workload in WORKLOADS))
         return
     try:
-        run(options)
+        compare(options)
     except TargetError as error:
         print(f"bench/run: {error}", file=sys.stderr)
         raise SystemExit(1) from None

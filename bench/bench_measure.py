@@ -1,8 +1,9 @@
-"""CPU time and memory of processes, from /proc."""
+"""CPU time and memory of processes, and what goes over the wire, from /proc."""
 
 import os
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 TICKS = os.sysconf("SC_CLK_TCK")
 SAMPLE_SECONDS = 0.25
@@ -24,6 +25,25 @@ def anonymous_bytes(pid: int) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+
+
+class Wire(NamedTuple):
+    """What has gone over the loopback interface of this machine: bytes with headers, and packets that were received.
+
+    A request or an answer of up to 64 KiB is one packet, and an acknowledgement without data is another.
+    """
+
+    bytes: int
+    packets: int
+
+    def since(self, before: "Wire") -> "Wire":
+        return Wire(self.bytes - before.bytes, self.packets - before.packets)
+
+
+def wire() -> Wire:
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    fields = next((line.split(":")[1].split() for line in lines if line.strip().startswith("lo:")), ["0", "0"])
+    return Wire(int(fields[0]), int(fields[1]))
 
 
 class MemoryWatch:

@@ -69,15 +69,17 @@ def works(point: Path) -> bool:
     return right
 
 
-def pids_named(names: Sequence[str]) -> set[int]:
-    found = set()
+def processes_below(work: Path, names: Sequence[str]) -> dict[str, list[int]]:
+    """Program name -> processes with a path below ``work`` in their command line: there may be others of that name."""
+    found: dict[str, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if (entry / "comm").read_text().strip() in names:
-                    found.add(int(entry.name))
+                name, words = (entry / "comm").read_text().strip(), (entry / "cmdline").read_text(errors="replace")
             except OSError:
                 continue
+            if name in names and f"{work}/" in words:
+                found.setdefault(name, []).append(int(entry.name))
     return found
 
 
@@ -90,14 +92,12 @@ class Target:
     def __init__(self, work: Path) -> None:
         self.work = work / self.name
         self.root = self.work / "mnt"
-        self._before: set[int] = set()
 
     def missing(self) -> str:
         """A program that is needed and not installed, or ""."""
         return next((program for program in self.programs if shutil.which(program) is None), "")
 
     def start(self) -> None:
-        self._before = pids_named(self.programs)
         self.root.mkdir(parents=True)
         self.begin()
         wait_until(lambda: works(self.root), f"{self.name} works")
@@ -122,14 +122,7 @@ class Target:
 
     def processes(self) -> dict[str, list[int]]:
         """Role -> processes that serve it."""
-        found: dict[str, list[int]] = {}
-        for pid in sorted(pids_named(self.programs) - self._before):
-            try:
-                name = Path(f"/proc/{pid}/comm").read_text().strip()
-            except OSError:
-                continue
-            found.setdefault(name, []).append(pid)
-        return found
+        return processes_below(self.work, self.programs)
 
 
 class Local(Target):
@@ -205,6 +198,8 @@ class MooseFS(Private):
     programs = ("mfsmaster", "mfschunkserver", "mfsmount", "mfscli", "mfssetgoal", "mfssettrashtime")
     ports: ClassVar = {"MATOML": 29419, "MATOCS": 29420, "MATOCL": 29421}
     first_data_port = 29430
+    master_options: ClassVar[dict[str, int]] = {}
+    chunkserver_options: ClassVar[dict[str, int]] = {}
 
     def write(self, path: Path, values: dict[str, object]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,7 +213,7 @@ class MooseFS(Private):
         exports, topology = directory / "exports", directory / "topology"
         exports.write_text("* / rw,alldirs,admin,maproot=0:0\n")
         topology.write_text("")
-        values: dict[str, object] = {"EXPORTS_FILENAME": exports, "TOPOLOGY_FILENAME": topology}
+        values: dict[str, object] = {"EXPORTS_FILENAME": exports, "TOPOLOGY_FILENAME": topology, **self.master_options}
         for name, port in self.ports.items():
             values |= {f"{name}_LISTEN_HOST": PRIVATE_IP, f"{name}_LISTEN_PORT": port}
         return self.write(directory / "mfsmaster.cfg", values)
@@ -235,6 +230,7 @@ class MooseFS(Private):
             "MASTER_RECONNECTION_DELAY": 1,
             "CSSERV_LISTEN_HOST": PRIVATE_IP,
             "CSSERV_LISTEN_PORT": self.first_data_port + number,
+            **self.chunkserver_options,
         }
         return self.write(directory / "mfschunkserver.cfg", values)
 
@@ -318,9 +314,18 @@ class GlusterFS(Private):
             self.gluster("volume", "stop", "bench", "force", check=False)
             run("kill", (self.work / "glusterd.pid").read_text().strip(), check=False)
         # Bricks and the self-heal daemon outlive the daemon that started them.
-        for pid in pids_named(self.programs) - self._before:
-            if str(self.work) in Path(f"/proc/{pid}/cmdline").read_text(errors="replace"):
-                run("kill", str(pid), check=False)
+        for pids in self.processes().values():
+            run("kill", *map(str, pids), check=False)
 
 
-TARGETS: dict[str, type[Target]] = {cls.name: cls for cls in (Ours, Local, MooseFS, GlusterFS)}
+class SafeMooseFS(MooseFS):
+    """With the settings that make it sync what ours always does: chunks when they are closed, and its changelog."""
+
+    name = "moosefs-safe"
+    ports: ClassVar = {"MATOML": 29449, "MATOCS": 29450, "MATOCL": 29451}
+    first_data_port = 29460
+    master_options: ClassVar = {"CHANGELOG_SAVE_MODE": 2}
+    chunkserver_options: ClassVar = {"HDD_FSYNC_BEFORE_CLOSE": 1}
+
+
+TARGETS: dict[str, type[Target]] = {cls.name: cls for cls in (Ours, Local, MooseFS, SafeMooseFS, GlusterFS)}

@@ -9,6 +9,7 @@ import random
 import shutil
 import sqlite3
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +28,13 @@ class Sizes(NamedTuple):
     random_operations: int = 2000
     synced_appends: int = 300
     commits: int = 200
+    small_writes: int = 256 * MIB
+    spread: int = 64 * MIB
     tree_files: int = 2500
     clone_files: int = 1500
 
 
-QUICK = Sizes(128 * MIB, 500, 64 * MIB, 500, 50, 40, 500, 300)
+QUICK = Sizes(128 * MIB, 500, 64 * MIB, 500, 50, 40, 32 * MIB, 16 * MIB, 500, 300)
 
 
 class Sources:
@@ -96,6 +99,7 @@ class Workload(NamedTuple):
     """``run`` returns the amount done; ``unit`` says of what, per second; "s" means that the time itself is shown.
 
     ``cold``: caches are dropped before. ``needs``: a workload of the same round whose result this one works on.
+    ``bar``: how many times as fast as the better of the others ours is to be; 0: nothing is promised.
     """
 
     name: str
@@ -104,6 +108,7 @@ class Workload(NamedTuple):
     cold: bool = False
     prepare: Callable[[Place], None] | None = None
     needs: str = ""
+    bar: float = 0.0
 
 
 def command(*words: str | Path) -> None:
@@ -123,6 +128,61 @@ def read_big(place: Place) -> float:
         while file.readinto(place.sources.buffer):
             pass
     return place.sizes.big / MIB
+
+
+def write_small(place: Place) -> float:
+    """4 KiB at a time through one descriptor, as a program without buffers of its own does; on stable storage at the
+    end, as with the others: what is only in memory is not written."""
+    block = bytes(place.sources.buffer[:4096])
+    with (place.root / "small").open("wb", buffering=0) as file:
+        for _ in range(place.sizes.small_writes // len(block)):
+            file.write(block)
+        os.fsync(file.fileno())
+    return place.sizes.small_writes / MIB
+
+
+def spread_writes(count: int) -> Callable[[Place], float]:
+    """Writes 64 KiB to each of ``count`` open files in turn, until all of them together have the same size."""
+
+    def run(place: Place) -> float:
+        block = bytes(place.sources.buffer[: 64 << 10])
+        paths = [place.root / f"spread-{count}-{number}" for number in range(count)]
+        descriptors = [os.open(path, os.O_WRONLY | os.O_CREAT, 0o644) for path in paths]
+        for number in range(place.sizes.spread // len(block)):
+            os.write(descriptors[number % count], block)
+        for descriptor in descriptors:
+            os.fsync(descriptor)
+            os.close(descriptor)
+        return place.sizes.spread / MIB
+
+    return run
+
+
+def create_from(count: int) -> Callable[[Place], float]:
+    """As many files as :func:`create_files`, by ``count`` processes, each in a directory of its own."""
+
+    def run(place: Place) -> float:
+        share = place.sizes.files // count
+        script = (
+            "import sys\nfor n in range(int(sys.argv[2])):\n"
+            " with open(f'{sys.argv[1]}/{n:06}', 'xb', buffering=0) as f: f.write(bytes(1024))"
+        )
+        running = []
+        for number in range(count):
+            folder = place.root / f"made-{count}-{number}"
+            folder.mkdir()
+            running.append(subprocess.Popen([sys.executable, "-IS", "-c", script, str(folder), str(share)]))
+        failed = [process.args for process in running if process.wait()]
+        if failed:
+            raise OSError(f"{len(failed)} of {count} processes could not create their files")
+        return share * count
+
+    return run
+
+
+def find_tree(place: Place) -> float:
+    command("find", place.root / "copied", "-printf", "%s %T@\\n")
+    return 1
 
 
 def untar(place: Place) -> float:
@@ -147,6 +207,10 @@ def read_tree(place: Place) -> float:
                 while file.readinto(place.sources.buffer):
                     pass
     return 1
+
+
+def warm_tree(place: Place) -> None:
+    read_tree(place)
 
 
 def clone(place: Place) -> float:
@@ -213,7 +277,7 @@ def random_writes(place: Place) -> float:
 
 
 def synced_appends(place: Place) -> float:
-    block = bytes(place.sources.buffer[:4096])
+    block = bytes(place.sources.buffer[:200])
     with (place.root / "log").open("wb", buffering=0) as file:
         for _ in range(place.sizes.synced_appends):
             file.write(block)
@@ -231,20 +295,28 @@ def sqlite_commits(place: Place) -> float:
 
 
 WORKLOADS = (
-    Workload("sequential write + fsync", "MiB/s", write_big),
-    Workload("sequential read, cold", "MiB/s", read_big, cold=True, needs="sequential write + fsync"),
-    Workload("untar", "s", untar),
-    Workload("cp -a", "s", copy_tree),
-    Workload("rsync -a", "s", rsync_tree),
-    Workload("rsync -a, nothing to do", "s", rsync_tree, needs="rsync -a"),
-    Workload("read the tree, cold", "s", read_tree, cold=True, needs="cp -a"),
-    Workload("create files of 1 KiB", "/s", create_files),
-    Workload("stat files", "/s", stat_files, needs="create files of 1 KiB"),
-    Workload("unlink files", "/s", unlink_files, needs="create files of 1 KiB"),
-    Workload("4 KiB random reads, cold", "/s", random_reads, cold=True, prepare=make_random_file),
-    Workload("4 KiB random writes + fsync", "/s", random_writes, prepare=make_random_file),
-    Workload("4 KiB append + fsync", "/s", synced_appends),
-    Workload("sqlite commits", "/s", sqlite_commits),
-    Workload("git clone", "s", clone),
-    Workload("rm -r", "s", remove_tree, needs="cp -a"),
+    Workload("sequential write + fsync", "MiB/s", write_big, bar=1.0),
+    Workload("sequential read, cold", "MiB/s", read_big, cold=True, needs="sequential write + fsync", bar=1.0),
+    Workload("4 KiB sequential writes", "MiB/s", write_small, bar=1.0),
+    Workload("4 KiB random reads, cold", "/s", random_reads, cold=True, prepare=make_random_file, bar=0.8),
+    Workload("4 KiB random writes + fsync", "/s", random_writes, prepare=make_random_file, bar=1.0),
+    Workload("200-byte append + fsync", "/s", synced_appends, bar=0.6),
+    Workload("sqlite commits", "/s", sqlite_commits, bar=1.0),
+    Workload("untar", "s", untar, bar=1.5),
+    Workload("cp -a", "s", copy_tree, bar=1.5),
+    Workload("rsync -a", "s", rsync_tree, bar=1.2),
+    Workload("rsync -a, nothing to do", "s", rsync_tree, needs="rsync -a", bar=0.5),
+    Workload("find with stat", "s", find_tree, needs="cp -a", bar=0.5),
+    Workload("read the tree, cold", "s", read_tree, cold=True, needs="cp -a", bar=1.5),
+    Workload("read the tree, warm", "s", read_tree, prepare=warm_tree, needs="cp -a", bar=1.0),
+    Workload("git clone", "s", clone, bar=1.5),
+    Workload("create files of 1 KiB", "/s", create_files, bar=0.5),
+    Workload("stat files", "/s", stat_files, needs="create files of 1 KiB", bar=0.5),
+    Workload("unlink files", "/s", unlink_files, needs="create files of 1 KiB", bar=0.5),
+    Workload("rm -r", "s", remove_tree, needs="cp -a", bar=0.5),
+    Workload("write 1 file at once", "MiB/s", spread_writes(1)),
+    Workload("write 10 files at once", "MiB/s", spread_writes(10)),
+    Workload("write 100 files at once", "MiB/s", spread_writes(100)),
+    Workload("create, 1 process", "/s", create_from(1)),
+    Workload("create, 8 processes", "/s", create_from(8)),
 )
