@@ -6,7 +6,7 @@ leaves in the order of the calls, even while the connection is still being made.
 
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -36,10 +36,11 @@ from chunkserver.protocol import (
 )
 from chunkserver.pulse import Pulse
 from metaserver import transport
-from metaserver.connection import Answer, Connection, Pending, connect_handshake, refuse
+from metaserver.connection import Answer, Connection, InFlight, Pending, connect_handshake, refuse
 from metaserver.errors import ConnectionLost, DfsError, ErrorCode
 from metaserver.key import ClusterKey
 from metaserver.protocol import CLIENT_ROLE
+from metaserver.tracing import TRACE
 from metaserver.transport import Transport
 from metaserver.wire import Buffer, Empty, Method
 
@@ -75,9 +76,10 @@ async def connect(host: str, port: int) -> Transport:
 class Call(Generic[ReplyT]):
     """A request to a server on its way, perhaps still waiting for the connection. :meth:`wait` once."""
 
-    __slots__ = ("_deadline", "_error", "_pending", "_ready", "_send")
+    __slots__ = ("_deadline", "_error", "_pending", "_ready", "_send", "since")
 
-    def __init__(self, deadline: float, send: Callable[[Connection], Pending[ReplyT]]) -> None:
+    def __init__(self, since: float, deadline: float, send: Callable[[Connection], Pending[ReplyT]]) -> None:
+        self.since = since
         self._deadline = deadline
         self._send = send
         self._pending: Pending[ReplyT] | None = None
@@ -191,10 +193,14 @@ class Pool:
         timeout: float,
         trace_id: int,
     ) -> Call[ReplyT]:
+        # It may be sent by another task, once there is a connection.
+        trace_id = trace_id or TRACE.get()
+
         def send(connection: Connection) -> Pending[ReplyT]:
             return connection.start(method, message, payload, timeout=timeout, trace_id=trace_id)
 
-        call = Call(trio.current_time() + timeout, send)
+        now = trio.current_time()
+        call = Call(now, now + timeout, send)
         if link.connection is not None and link.connection.lost is None:
             call.send(link.connection)
         elif link.connecting:
@@ -266,6 +272,8 @@ class Pool:
 
     async def _run_link(self, link: _Link) -> None:
         """Connects, sends what waits, and runs the connection until it ends."""
+        # Not only for the request that it was begun for.
+        TRACE.set(0)
         try:
             connection = await self._handshake(link.peer)
         except DfsError as error:
@@ -328,6 +336,14 @@ class Pool:
             server_role=protocol.ROLE,
             session=self._session,
         )
+
+    def in_flight(self) -> Iterator[InFlight]:
+        """What servers were asked and have not answered; ``connect`` for a connection that is being made."""
+        for link in self._links.values():
+            if link.connecting and link.queue:
+                yield InFlight("connect", f"{link.peer.host}:{link.peer.port}", link.queue[0].since, 0)
+            elif link.connection is not None and not link.pings:
+                yield from link.connection.in_flight()
 
     # -- what can be asked -------------------------------------------------------------------------------------
 

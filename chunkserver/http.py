@@ -24,6 +24,7 @@ from chunkserver.chunkfile import PAYLOAD_CAPACITY
 from chunkserver.replica import Replica
 from chunkserver.table import DISK_FAILED, DISK_OK
 from metaserver.errors import DfsError, ErrorCode
+from metaserver.exposition import families
 from metaserver.httpserver import json_reply, protected
 
 if TYPE_CHECKING:
@@ -90,6 +91,9 @@ class _Metrics(Collector):
         yield CounterMetricFamily("chunkserver_read_bytes", "Chunk bytes read by others", table.bytes_read)
         yield CounterMetricFamily("chunkserver_written_bytes", "Chunk bytes written", table.bytes_written)
         yield GaugeMetricFamily("chunkserver_requests", "Requests under way", running.service.in_flight)
+        service = running.service
+        timings = {service.names[number]: timing for number, timing in service.timings.items()}
+        yield from families(timings, "chunkserver_request", "method", "requests")
         scrub = running.scrubber.status()
         yield GaugeMetricFamily("chunkserver_scrub_done_bytes", "Read back in this pass", scrub.done_bytes)
         yield GaugeMetricFamily("chunkserver_scrub_total_bytes", "What a pass has to read", scrub.total_bytes)

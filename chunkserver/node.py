@@ -34,6 +34,7 @@ from metaserver.connection import Connection, Incoming, Result, accept_handshake
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.key import ClusterKey
 from metaserver.protocol import Order, Register, Registered, ReplicaReport
+from metaserver.timings import Timing
 from metaserver.transport import Transport
 
 log = structlog.get_logger(__name__)
@@ -211,12 +212,16 @@ class Node:
         """Serves one connection until it ends; what goes wrong with it is logged, never raised."""
         try:
             connection = await accept_handshake(
-                transport, self._dispatch, key=self.key, cluster_id=self.identity.cluster_id, role=protocol.ROLE
-            )
+                transport, self._dispatch, key=self.key, cluster_id=self.identity.cluster_id, role=protocol.ROLE,
+                timing_of=self._timing_of,
+            )  # fmt: skip
         except DfsError as error:
             log.info("refused a connection", peer=transport.name, reason=str(error))
             return
         await connection.run()
+
+    def _timing_of(self, method: int) -> Timing | None:
+        return None if self.running is None else self.running.service.timings.get(method)
 
     def _dispatch(self, connection: Connection, incoming: Incoming) -> Result:
         if self.running is None:

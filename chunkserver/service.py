@@ -36,6 +36,7 @@ from chunkserver.store import Store
 from metaserver import wire
 from metaserver.connection import Connection, Incoming, Reply, Result
 from metaserver.errors import DfsError, ErrorCode
+from metaserver.timings import Timing
 from metaserver.wire import Buffer, Empty
 
 Handler = Callable[[Any, Buffer, int], Result]
@@ -67,6 +68,9 @@ class Service:
         ]
         wire.method_table(*(method for method, _ in handlers))
         self._handlers = {method.number: (method, handler) for method, handler in handlers}
+        # How long requests take, by method.
+        self.timings = {number: Timing() for number in self._handlers}
+        self.names = {number: method.name for number, (method, _) in self._handlers.items()}
 
     def dispatch(self, _: Connection, incoming: Incoming) -> Result:
         """The :data:`metaserver.connection.Dispatch` of every connection."""

@@ -7,7 +7,7 @@ with the ids and times of their first answer. Callers notice a delay and nothing
 """
 
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +17,7 @@ import trio
 
 from metaserver import protocol, transport, wire
 from metaserver.clock import steady_ns
-from metaserver.connection import Answer, Connection, Incoming, Reply, Result, connect_handshake
+from metaserver.connection import Answer, Connection, Incoming, InFlight, Reply, Result, connect_handshake
 from metaserver.errors import ConnectionLost, DfsError, ErrorCode
 from metaserver.key import ClusterKey
 from metaserver.protocol import Opened, ServerAddress
@@ -292,6 +292,10 @@ class MetaClient:
     def learn(self, servers: Sequence[ServerAddress]) -> None:
         """Remembers addresses that came along with another answer."""
         self._servers.update({address.server: address for address in servers})
+
+    def in_flight(self) -> Iterator[InFlight]:
+        """What the metaserver was asked and has not answered; nothing while there is no connection."""
+        return iter(()) if self._connection is None else self._connection.in_flight()
 
     @property
     def connected(self) -> bool:

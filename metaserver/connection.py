@@ -16,8 +16,9 @@ before the next frame is looked at. A handler that returns a coroutine goes on b
 import ctypes
 import secrets
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Generic, TypeAlias, TypeVar
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from time import perf_counter_ns
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 import structlog
@@ -26,6 +27,8 @@ import trio
 from metaserver import wire
 from metaserver.errors import ConnectionLost, DfsError, ErrorCode, ProcessEnds
 from metaserver.key import ClusterKey
+from metaserver.timings import SLOW_SECONDS, Timing
+from metaserver.tracing import TRACE
 from metaserver.transport import Transport
 from metaserver.wire import Buffer, Hello, Kind, Method, Response
 
@@ -42,6 +45,13 @@ DIRECT_PAYLOAD_BYTES = 16 << 10
 MAX_RUNNING = 512
 # And so many bytes of their payloads: a sender that is faster than the disks waits in its own memory, not in ours.
 MAX_RUNNING_BYTES = 32 << 20
+# Errors that are somebody's trouble, and not just an answer.
+_TROUBLE = frozenset({
+    ErrorCode.IO, ErrorCode.INTERNAL, ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE, ErrorCode.REPLICA_FAILED,
+    ErrorCode.BAD_CHECKSUM, ErrorCode.DISK_FULL, ErrorCode.DISK_FAILED,
+})  # fmt: skip
+# A disk that has failed fails thousands of requests a second; a line for each would fill the next one.
+TROUBLE_LINES_SECONDS = 1.0
 # Parameters of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -73,6 +83,22 @@ class Incoming(msgspec.Struct, gc=False):
 Result: TypeAlias = Reply | Coroutine[Any, Any, Reply]
 # Called in order of arrival. Raises DfsError to answer with an ERROR frame.
 Dispatch: TypeAlias = Callable[["Connection", Incoming], Result]
+# Where it is noted how long requests of a method take, by its number; None: it is not known here.
+TimingOf: TypeAlias = Callable[[int], Timing | None]
+
+
+def not_timed(method: int) -> Timing | None:
+    """The :data:`TimingOf` of who does not ask."""
+    return None
+
+
+class InFlight(NamedTuple):
+    """A request that has no answer yet: what, of whom, since when (trio's clock), on behalf of which trace."""
+
+    method: str
+    peer: str
+    since: float
+    trace_id: int
 
 
 def refuse(connection: "Connection", incoming: Incoming) -> Result:
@@ -94,13 +120,28 @@ class Answer(msgspec.Struct, Generic[ReplyT], gc=False):
 class Pending(Generic[ReplyT]):
     """A request on its way. :meth:`wait` once, from one task; dropping it without waiting is allowed."""
 
-    __slots__ = ("_answer", "_connection", "_error", "_method", "_request_id", "_task", "_watcher", "deadline")
+    __slots__ = (
+        "_answer",
+        "_connection",
+        "_error",
+        "_method",
+        "_request_id",
+        "_task",
+        "_watcher",
+        "deadline",
+        "since",
+        "trace_id",
+    )
 
-    def __init__(self, connection: "Connection", method: Method[Any, ReplyT], request_id: int, deadline: float) -> None:
+    def __init__(
+        self, connection: "Connection", method: Method[Any, ReplyT], request_id: int, since: float, deadline: float
+    ) -> None:
         self._connection = connection
         self._method = method
         self._request_id = request_id
+        self.since = since
         self.deadline = deadline
+        self.trace_id = 0
         self._answer: Answer[ReplyT] | None = None
         self._error: DfsError | None = None
         self._task: trio.lowlevel.Task | None = None
@@ -123,6 +164,9 @@ class Pending(Generic[ReplyT]):
         self._error = error
         if self._task is not None:
             trio.lowlevel.reschedule(self._task)
+
+    def describe(self, peer: str) -> InFlight:
+        return InFlight(self._method.name, peer, self.since, self.trace_id)
 
     def abandon(self) -> None:
         """Nobody waits for the answer any more: tells the other side, which need not go on with it."""
@@ -160,13 +204,15 @@ class Connection:
     (``lost`` is set) ``_pending`` is empty and every new call raises ``lost``.
     """
 
-    def __init__(self, transport: Transport, dispatch: Dispatch, peer: Hello) -> None:
+    def __init__(self, transport: Transport, dispatch: Dispatch, peer: Hello, timing_of: TimingOf = not_timed) -> None:
         self.transport = transport
         self.peer = peer
         self.lost: DfsError | None = None
         self.bytes_sent = 0
         self.bytes_received = 0
         self._dispatch = dispatch
+        self._timing_of = timing_of
+        self._quiet_until = 0.0
         self._next_request_id = 0
         self._pending: dict[int, Pending[Any]] = {}
         self._running: dict[int, trio.CancelScope] = {}
@@ -202,7 +248,9 @@ class Connection:
             raise self.lost
         request_id = self._new_request_id()
         body = wire.encode(wire.Request(int(timeout * 1000), epoch, operation, message, replay, expires_ms))
-        pending = Pending(self, method, request_id, trio.current_time() + timeout)
+        now = trio.current_time()
+        pending = Pending(self, method, request_id, now, now + timeout)
+        pending.trace_id = trace_id = trace_id or TRACE.get()
         # Before it is sent: if the connection turns out to be broken then, the end of it resolves what is pending.
         self._pending[request_id] = pending
         try:
@@ -222,11 +270,15 @@ class Connection:
         """Sends what needs no answer. Does nothing on a lost connection."""
         if self.lost is None:
             body = wire.encode(wire.Request(0, 0, 0, message, None))
-            self._send(Kind.PUSH, method.number, 0, body, (), trace_id)
+            self._send(Kind.PUSH, method.number, 0, body, (), trace_id or TRACE.get())
 
     @property
     def calls_in_flight(self) -> int:
         return len(self._pending)
+
+    def in_flight(self) -> Iterator[InFlight]:
+        """What was asked and is not answered, the oldest first."""
+        return (call.describe(self.transport.name) for call in self._pending.values())
 
     def abandon(self, request_id: int) -> None:
         """Forgets a call whose task was cancelled, and tells the other side."""
@@ -431,6 +483,8 @@ class Connection:
             raise DfsError(ErrorCode.PROTOCOL, "a HELLO in the middle of a connection")
 
     def _serve(self, header: wire.Header, incoming: Incoming) -> None:
+        started_ns = perf_counter_ns()
+        TRACE.set(header.trace_id)
         try:
             result = self._dispatch(self, incoming)
         except DfsError as error:
@@ -443,13 +497,28 @@ class Connection:
         else:
             if isinstance(result, Reply):
                 self._answer(header, result)
+                self._note(header, started_ns)
             else:
                 assert self._nursery is not None
                 self._running_count += 1
                 self._running_bytes += header.payload_length
-                self._nursery.start_soon(self._finish, header, result)
+                self._nursery.start_soon(self._finish, header, result, started_ns)
 
-    async def _finish(self, header: wire.Header, result: Coroutine[Any, Any, Reply]) -> None:
+    def _note(self, header: wire.Header, started_ns: int) -> None:
+        """A request has been answered or refused."""
+        timing = self._timing_of(header.method)
+        if timing is None:
+            return
+        duration_ns = perf_counter_ns() - started_ns
+        timing.add(duration_ns)
+        if header.trace_id:
+            timing.remember(header.trace_id, duration_ns)
+        if duration_ns >= SLOW_SECONDS * 1e9:
+            log.warning(
+                "slow request", method=header.method, peer=self.transport.name, seconds=round(duration_ns / 1e9, 2)
+            )
+
+    async def _finish(self, header: wire.Header, result: Coroutine[Any, Any, Reply], started_ns: int) -> None:
         """Runs the asynchronous rest of a handler."""
         scope = trio.CancelScope()
         if header.request_id:
@@ -467,6 +536,7 @@ class Connection:
             log.exception("handler failed", method=header.method, peer=self.transport.name)
             self._fail(header, DfsError(ErrorCode.INTERNAL, "the server met an unexpected condition; see its log"))
         finally:
+            self._note(header, started_ns)
             self._running.pop(header.request_id, None)
             self._running_count -= 1
             self._running_bytes -= header.payload_length
@@ -479,10 +549,21 @@ class Connection:
             self._send(Kind.RESPONSE, header.method, header.request_id, body, reply.payload, header.trace_id)
 
     def _fail(self, header: wire.Header, error: DfsError) -> None:
+        timing = self._timing_of(header.method)
+        if timing is not None:
+            timing.failed += 1
+            if error.code in _TROUBLE:
+                self._tell(header, error)
         if header.kind == Kind.REQUEST:
             self._send_failure(header.request_id, error)
         else:
             log.warning("push failed", method=header.method, peer=self.transport.name, error=str(error))
+
+    def _tell(self, header: wire.Header, error: DfsError) -> None:
+        now = trio.current_time()
+        if now >= self._quiet_until:
+            self._quiet_until = now + TROUBLE_LINES_SECONDS
+            log.warning("request failed", method=header.method, peer=self.transport.name, error=str(error))
 
 
 def keep_large_buffers() -> None:
@@ -588,6 +669,7 @@ async def accept_handshake(
     key: ClusterKey | None,
     cluster_id: str,
     role: str,
+    timing_of: TimingOf = not_timed,
 ) -> Connection:
     """The server's side. Tells the client what is wrong, closes the transport and raises :class:`DfsError`."""
     try:
@@ -607,7 +689,7 @@ async def accept_handshake(
                 confirmed = await _receive_hello(transport)
                 if key is not None and not key.accepts(confirmed.proof, peer.role, peer.nonce, nonce):
                     raise DfsError(ErrorCode.BAD_KEY, f"this {role} wants the cluster key: give the key file")
-                return Connection(transport, dispatch, peer)
+                return Connection(transport, dispatch, peer, timing_of)
             except DfsError as error:
                 if not isinstance(error, ConnectionLost):
                     await _send_all(transport, Kind.ERROR, wire.Failure(error.code, error.text))

@@ -18,6 +18,7 @@ from metaserver.admin import Admin
 from metaserver.admin import routes as admin_routes
 from metaserver.control import Control
 from metaserver.errors import DfsError, ErrorCode
+from metaserver.exposition import families
 from metaserver.history import History
 from metaserver.httpserver import json_reply, protected, read_json
 from metaserver.joins import OPEN_PATH
@@ -64,6 +65,8 @@ class ServiceMetrics(Collector):
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"metaserver_{name}", text, float(value))
         yield self._requests()
+        timings = {service.table[number].method.name: timing for number, timing in service.timings.items()}
+        yield from families(timings, "metaserver_request", "method", "requests")
         yield CounterMetricFamily("metaserver_flushes", "FLUSH pushes sent", service.flushing.asked)
         yield CounterMetricFamily("metaserver_flushes_given_up", "FLUSH not answered", service.flushing.given_up)
         yield from self._cleaner()

@@ -12,6 +12,8 @@ from typing import TextIO
 
 import structlog
 
+from metaserver import tracing
+
 LEVELS = ("debug", "info", "warning", "error")
 # httpx logs every request at INFO: one line a heartbeat.
 _CHATTY = ("httpx", "httpcore", "hypercorn.access")
@@ -60,6 +62,7 @@ def configure(
     number = getattr(logging, level.upper())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        tracing.add_trace,
         structlog.stdlib.add_log_level,
     ]
     if prefixed is None:

@@ -127,8 +127,9 @@ class _Acceptor:
         client = self._parts.client()
         try:
             connection = await accept_handshake(
-                stream, client.dispatch, key=self._key, cluster_id=self._parts.cluster_id, role=ROLE
-            )
+                stream, client.dispatch, key=self._key, cluster_id=self._parts.cluster_id, role=ROLE,
+                timing_of=self._parts.service.timing_of,
+            )  # fmt: skip
         except ConnectionLost as error:
             # Whoever only looks whether the port is open: no reason to worry anybody.
             log.debug("connection closed before the greeting", peer=stream.name, reason=str(error))

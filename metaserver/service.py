@@ -30,6 +30,7 @@ from metaserver.resume import Resuming
 from metaserver.schema import Session, Transaction
 from metaserver.sessions import Sessions, SessionState
 from metaserver.tasks import Tasks
+from metaserver.timings import Timing
 from metaserver.trashing import Trash
 from metaserver.wire import Empty, Method, Request
 
@@ -160,6 +161,8 @@ class Service:
         self.table = self._table()
         # Requests by method number, for the metrics.
         self.counts = dict.fromkeys(self.table, 0)
+        self.timings = {number: Timing() for number in self.table}
+        self.timing_of = self.timings.get
 
     def _table(self) -> dict[int, Served]:
         change = self._change

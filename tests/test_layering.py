@@ -29,6 +29,8 @@ METASERVER_PUBLISHED = {
         "logs",
         "settings",
         "systemd",
+        "timings",
+        "tracing",
         "version",
         "words",
     )
