@@ -3,7 +3,8 @@
 ``GET /health`` (no token), ``GET /metrics``, ``GET /chunks?after=ID&count=N``, ``GET /chunks/ID/info``; ``GET`` and
 ``PUT /chunks/ID`` (:mod:`chunkserver.http_chunks`); ``GET /scrub``
 (:class:`chunkserver.protocol.ScrubReport`), and ``POST /scrub``, which begins a pass and answers the same. Ids are
-hexadecimal, as in file names.
+hexadecimal, as in file names. ``GET /trace/ID``: what was done of late for one request of a mount's kernel, as pairs of
+a method (``disk``: waiting for it) and seconds.
 """
 
 import re
@@ -94,6 +95,7 @@ class _Metrics(Collector):
         service = running.service
         timings = {service.names[number]: timing for number, timing in service.timings.items()}
         yield from families(timings, "chunkserver_request", "method", "requests")
+        yield from families({"read": service.disk}, "chunkserver_disk", "operation", "waits for the disk")
         scrub = running.scrubber.status()
         yield GaugeMetricFamily("chunkserver_scrub_done_bytes", "Read back in this pass", scrub.done_bytes)
         yield GaugeMetricFamily("chunkserver_scrub_total_bytes", "What a pass has to read", scrub.total_bytes)
@@ -122,6 +124,12 @@ def make_app(node: "Node") -> Starlette:
 
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def trace(request: Request) -> Response:
+        text = request.path_params["trace"]
+        if not re.fullmatch("[0-9a-f]{8}", text):
+            raise DfsError(ErrorCode.INVALID, "a trace is eight hexadecimal digits, as logs have it")
+        return json_reply(_running(node).service.traced(int(text, 16)))
 
     async def chunks(request: Request) -> Response:
         table = _running(node).store.table
@@ -153,6 +161,7 @@ def make_app(node: "Node") -> Starlette:
         Route("/chunks", chunks),
         Route("/chunks/{chunk}", chunk, methods=["GET", "PUT"]),
         Route("/chunks/{chunk}/info", chunk_info),
+        Route("/trace/{trace}", trace),
         Route("/scrub", scrub, methods=["GET", "POST"]),
     ]
     return protected(routes, node.key, body_limit=BODY_LIMIT)

@@ -24,6 +24,7 @@ from chunkserver.report import Reporter
 from chunkserver.scrub import ScrubOptions
 from metaserver import httpserver, systemd, transport
 from metaserver.connection import keep_large_buffers
+from metaserver.controlsocket import Control
 from metaserver.errors import ConnectionLost
 from metaserver.key import ClusterKey
 from metaserver.protocol import Order, Register, Registered, ReplicaReport
@@ -135,6 +136,7 @@ async def _serve(
         async with trio.open_nursery() as inner:
             inner.start_soon(_report, node, registration, config.metaservers, key)
             inner.start_soon(systemd.feed_watchdog)
+            inner.start_soon(Control("chunkserver", {}).run)
             systemd.notify("READY=1")
             log.info("serving", name=identity.name, port=ports.data, http_port=ports.http, directory=disk.root)
             task_status.started(ports)

@@ -6,6 +6,7 @@ keeps appends in order, here and on the way to the next replica.
 
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from time import perf_counter_ns
 from typing import Any
 
 import trio
@@ -37,6 +38,7 @@ from metaserver import wire
 from metaserver.connection import Connection, Incoming, Reply, Result
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.timings import Timing
+from metaserver.tracing import TRACE
 from metaserver.wire import Buffer, Empty
 
 Handler = Callable[[Any, Buffer, int], Result]
@@ -70,6 +72,8 @@ class Service:
         self._handlers = {method.number: (method, handler) for method, handler in handlers}
         # How long requests take, by method.
         self.timings = {number: Timing() for number in self._handlers}
+        # Waiting for what is not in memory.
+        self.disk = Timing()
         self.names = {number: method.name for number, (method, _) in self._handlers.items()}
 
     def dispatch(self, _: Connection, incoming: Incoming) -> Result:
@@ -89,6 +93,16 @@ class Service:
         finally:
             self.in_flight -= 1
             self._answered.unpark_all()
+
+    def traced(self, trace_id: int) -> list[tuple[str, float]]:
+        """What was done for a trace of late, and how long each took in seconds."""
+        kinds = [*((self.names[number], timing) for number, timing in self.timings.items()), ("disk", self.disk)]
+        return [
+            (name, each.duration_ns / 1e9)
+            for name, timing in kinds
+            for each in timing.recent
+            if each.trace_id == trace_id
+        ]
 
     async def drain(self) -> None:
         """Refuses appends from now on; returns when nothing is under way."""
@@ -161,7 +175,12 @@ class Service:
         return self._read_from_disk(request)
 
     async def _read_from_disk(self, request: Read) -> Reply:
+        begun_ns = perf_counter_ns()
         entries, data = await self._store.reads.read(request.chunk, request.offset, request.length)
+        duration_ns = perf_counter_ns() - begun_ns
+        self.disk.add(duration_ns)
+        if trace := TRACE.get():
+            self.disk.remember(trace, duration_ns)
         return Reply(ReadReply(entries), [data])
 
     async def _read_index(self, request: ReadIndex, _: Buffer, trace_id: int) -> Reply:

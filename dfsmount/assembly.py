@@ -10,9 +10,10 @@ from contextlib import asynccontextmanager
 import msgspec
 import trio
 
-from chunkserver.client import open_pool
+from chunkserver.client import Pool, open_pool
 from dfsmount.cache import BlockCache
 from dfsmount.config import Source
+from dfsmount.filefacts import FileFacts
 from dfsmount.ownhost import own_names
 from dfsmount.reader import Reader, ReaderOptions
 from dfsmount.remote import Remote
@@ -53,15 +54,16 @@ class Client:
     """The parts of a running client. :meth:`run` must be running; ``vfs.finish()`` comes before it is cancelled."""
 
     def __init__(
-        self, meta: MetaClient, writer: Writer, reader: Reader, kernel: Kernel, options: ClientOptions
+        self, meta: MetaClient, pool: Pool, writer: Writer, reader: Reader, kernel: Kernel, options: ClientOptions
     ) -> None:
         self.meta = meta
+        self.pool = pool
         self.writer = writer
         self.reader = reader
         self.core = Core(Remote(meta, options.timeout), writer, reader, kernel, options.vfs)
         root = self.core.inodes.learn(meta.root, self.core.inodes.now())
         root.lookups = 1
-        self.vfs = Vfs(self.core, meta.root.ino)
+        self.vfs = Vfs(self.core, meta.root.ino, FileFacts(self.core.remote, pool))
 
     async def run(self) -> None:
         """What goes on beside the requests, for ever."""
@@ -99,7 +101,7 @@ async def open_client(
     ):
         writer = Writer(meta, pool, _writer_options(names, options))
         reader = Reader(meta, pool, _block_cache(options), ReaderOptions(options.timeout, names))
-        made.append(Client(meta, writer, reader, make_kernel(meta.root.ino), options))
+        made.append(Client(meta, pool, writer, reader, make_kernel(meta.root.ino), options))
         yield made[0]
 
 

@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from dfsmount import dfs_completion, dfs_gateway, dfs_host, dfs_manage, dfs_member, dfs_trash, dfs_usage, dfs_verbs
+from dfsmount import (
+    dfs_completion,
+    dfs_gateway,
+    dfs_host,
+    dfs_manage,
+    dfs_member,
+    dfs_observe,
+    dfs_trash,
+    dfs_usage,
+    dfs_verbs,
+)
 from dfsmount.dfs_options import AsJson, Data, KeyFile, Metaserver, Servers, end, find, print_json, say
 
 app = typer.Typer(
@@ -202,6 +212,7 @@ def scrub(
 
 
 dfs_manage.add_to(app)
+dfs_observe.add_to(app)
 dfs_gateway.add_to(app)
 dfs_verbs.add_to(app)
 dfs_member.add_to(app)

@@ -99,8 +99,8 @@ class Api:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._client.close()
 
-    def status(self) -> Status:
-        return self._get("/v1/status", Status)
+    def status(self, timeout_seconds: float = TIMEOUT_SECONDS) -> Status:
+        return self._get("/v1/status", Status, timeout_seconds)
 
     def file(self, ino: int) -> FileStatus:
         return self._get(f"/v1/chunks/{ino}", FileStatus)
@@ -192,6 +192,10 @@ class Api:
     def scrub(self, server: ServerStatus, *, begin: bool) -> ScrubReport:
         """How far a chunkserver's scrubber is; ``begin``: it starts a pass."""
         return self._ask("POST" if begin else "GET", f"http://{server.host}:{server.http_port}/scrub", ScrubReport)
+
+    def trace(self, server: ServerStatus, trace: str) -> list[tuple[str, float]]:
+        """What a chunkserver did for a request that is traced, and how long each took in seconds."""
+        return self._get(f"http://{server.host}:{server.http_port}/trace/{trace}", list[tuple[str, float]])
 
     def _get(self, path: str, type_: type[AnswerT], timeout_seconds: float = TIMEOUT_SECONDS) -> AnswerT:
         return self._ask("GET", path, type_, timeout_seconds)

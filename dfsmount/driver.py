@@ -15,6 +15,7 @@ from dfsmount import fusewire
 from dfsmount.device import Data, NoAnswer, Served
 from dfsmount.fusewire import AttributeChanges, Opcode, Request
 from dfsmount.operations import Context, FUSEError, Operations, bounded, no_attribute
+from dfsmount.opstats import OpStats
 from dfsmount.vfs import Vfs
 from dfsmount.vfs_core import BLOCK_BYTES, Shown
 from dfsmount.vfs_files import without_special_bits
@@ -32,8 +33,8 @@ Server = Callable[[Request, memoryview], Served]
 class Driver(Operations):
     """Serves the requests of a :class:`dfsmount.device.Device`."""
 
-    def __init__(self, vfs: Vfs, waiting: Waiting) -> None:
-        super().__init__(vfs, waiting)
+    def __init__(self, vfs: Vfs, waiting: Waiting, stats: OpStats | None = None) -> None:
+        super().__init__(vfs, waiting, stats)
         self._servers: dict[int, Server] = {
             Opcode.LOOKUP: self._lookup,
             Opcode.FORGET: self._forget,
@@ -287,6 +288,7 @@ class Driver(Operations):
     def _write(self, request: Request, body: memoryview) -> Served:
         handle, offset, size, flags, *_ = fusewire.WRITE_IN.unpack_from(body)
         data = bytes(body[fusewire.WRITE_IN.size : fusewire.WRITE_IN.size + size])
+        self._stats.written_bytes += size
         if flags & fusewire.WRITE_KILL_SUIDGID and self._files.may_have_special_bits(self._inside(request.node)):
             return self._written_without_special_bits(request, handle, offset, data)
         if self._files.write_at_once(handle, offset, data):

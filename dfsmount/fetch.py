@@ -19,6 +19,7 @@ from dfsmount.cache import BlockCache, Run
 from dfsmount.jobs import Jobs
 from dfsmount.meta import Meta
 from dfsmount.pace import HEDGE_LEAST_SECONDS, Pace
+from dfsmount.readlog import Attempted
 from metaserver import protocol
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import ReportReplica, ServerState
@@ -49,18 +50,19 @@ class Pool(Protocol):
 
 
 class Attempt(NamedTuple):
-    """A server that was asked, when, and how to stop waiting for it."""
+    """A server that was asked, when, how to stop waiting for it, and whether another was asked before."""
 
     server: int
     started: float
     scope: trio.CancelScope
+    hedge: bool
 
 
 class Fetch:
     """One range of a chunk on its way. When ``done``, ``run`` is what came, or ``error`` why nothing did.
 
-    ``candidates`` are the servers not asked yet, ``attempts`` those under way. ``damaged``: some replica has not
-    all of the range.
+    ``candidates`` are the servers not asked yet, ``attempts`` those under way, ``history`` those that ended.
+    ``damaged``: some replica has not all of the range.
     """
 
     __slots__ = (
@@ -71,6 +73,7 @@ class Fetch:
         "done",
         "error",
         "hedge_at",
+        "history",
         "run",
         "speculative",
         "start",
@@ -84,6 +87,7 @@ class Fetch:
         self.speculative = speculative
         self.candidates: deque[int] = deque()
         self.attempts: list[Attempt] = []
+        self.history: list[Attempted] = []
         self.hedge_at = 0.0
         self.damaged = False
         self.done = trio.Event()
@@ -118,8 +122,11 @@ class Fetcher:
         self._jobs.start(self._hedge)
         await self._jobs.run()
 
-    async def get(self, chunk: int, start: int, stop: int, servers: Sequence[int]) -> Run:
-        """Verified bytes that contain chunk offset ``start``, perhaps fewer or more than up to ``stop``.
+    async def get(
+        self, chunk: int, start: int, stop: int, servers: Sequence[int], history: list[Attempted] | None = None
+    ) -> Run:
+        """Verified bytes that contain chunk offset ``start``, perhaps fewer or more than up to ``stop``. What was asked
+        of whom for that is added to ``history``.
 
         Raises why no replica could give them. Cancelling is safe.
         """
@@ -132,6 +139,8 @@ class Fetcher:
             if fetch is None:
                 fetch = self.start(chunk, start, min(stop, start + FETCH_BYTES), servers)
             await fetch.done.wait()
+            if history is not None:
+                history += fetch.history
             if own and fetch.run is None and fetch.damaged:
                 # Each replica may be damaged, but elsewhere: one block at a time.
                 fetch = self.start(chunk, start, start + 1, servers)
@@ -202,7 +211,7 @@ class Fetcher:
 
     def _ask_next(self, fetch: Fetch) -> None:
         now = trio.current_time()
-        attempt = Attempt(fetch.candidates.popleft(), now, trio.CancelScope())
+        attempt = Attempt(fetch.candidates.popleft(), now, trio.CancelScope(), bool(fetch.attempts))
         fetch.attempts.append(attempt)
         fetch.hedge_at = now + self._pace.hedge_seconds
         self.requests += 1
@@ -221,6 +230,7 @@ class Fetcher:
             except DfsError as problem:
                 error = problem
         fetch.attempts.remove(attempt)
+        self._remember(fetch, attempt, run, error)
         if fetch.done.is_set() or attempt.scope.cancelled_caught:
             return
         if run is not None:
@@ -232,6 +242,14 @@ class Fetcher:
             self._end(fetch, None, DfsError(ErrorCode.RANGE, "nothing there"))
         else:
             self._failed(fetch, attempt.server, DfsError(ErrorCode.REPLICA_FAILED, "the replica is too short"))
+
+    def _remember(self, fetch: Fetch, attempt: Attempt, run: Run | None, error: DfsError | None) -> None:
+        outcome = "" if run is not None else str(error or "given up")
+        server, begun = attempt.server, attempt.started
+        now = trio.current_time()
+        fetch.history.append(
+            Attempted(server, fetch.chunk, fetch.start, fetch.stop, begun, now, outcome, attempt.hedge)
+        )
 
     def _won(self, fetch: Fetch, winner: Attempt) -> None:
         """Remembers how long it took, also those that were asked earlier and have not answered yet."""

@@ -50,6 +50,8 @@ class FileState:
         self.streamed = 0
         self.stream_stop = 0
         self.lane = 0
+        # The trace of whoever waits for what is dirty.
+        self.trace = 0
         # The directory with the quota that its bytes count under, 0: none, -1: not known (``allowances.py``).
         self.quota = entry.quota
         self._truncating: int | None = None

@@ -32,6 +32,7 @@ from dfsmount.supply import PASSING, ChunkSupply
 from metaserver import protocol
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import COMMIT_EXTENTS, ChunkProgress, Commit, Committed, FileCommit
+from metaserver.tracing import TRACE
 
 log = structlog.get_logger(__name__)
 
@@ -188,6 +189,7 @@ class Lane:
             self._todo.append(Batch(chosen))
 
     def _send(self, batch: Batch, chunk: OpenChunk) -> None:
+        TRACE.set(batch.items[0].file.trace)
         batch.chunk, batch.at = chunk, chunk.length
         blocks = [block for item in batch.items for block in item.blocks]
         batch.sent = chunk.append(blocks, self._writer.counters, self._append_seconds)
@@ -333,6 +335,7 @@ class Lane:
                 self._settle(placed[1], None)
             else:
                 items.append(placed)
+        TRACE.set(group[0].items[0].file.trace)
         try:
             if items:
                 self._committed(items, await self._ask(items))

@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,11 +30,16 @@ from dfsmount.config import DEFAULT_KEY_FILE, MountPlan, Options
 from dfsmount.device import Device
 from dfsmount.driver import Driver
 from dfsmount.operations import Operations
+from dfsmount.opstats import OpStats
+from dfsmount.telling import Telling
 from dfsmount.vfs import Vfs
 from dfsmount.vfs_core import VfsOptions
+from dfsmount.virtual import Virtual
+from dfsmount.virtual_driver import VirtualDriver
 from dfsmount.waiting import Waiting
 from metaserver import systemd
 from metaserver.connection import keep_large_buffers
+from metaserver.controlsocket import Control
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.key import ClusterKey, KeyFileError, load_key
 
@@ -229,7 +235,7 @@ class KernelDriver(Protocol):
 class Direct:
     """The driver that speaks the kernel's protocol itself; libfuse has mounted and unmounts."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: VirtualDriver) -> None:
         self._device = Device(_fuse_descriptor(), driver.serve)
 
     async def run(self) -> None:
@@ -282,6 +288,8 @@ class Mounted:
         self.client = client
         self.vfs = client.vfs
         self._waiting = Waiting(plan.options.timeout, victims=self._victims)
+        self._stats = OpStats()
+        self._telling = Telling(client, self._waiting, self._stats, str(plan.mountpoint))
         # What the end waits for, and a second signal does not: writing while the mount works, requests in progress, and
         # the last writing.
         self._writing = trio.CancelScope()
@@ -298,10 +306,13 @@ class Mounted:
         """Mounts and serves until the end; the exit code."""
         clean = True
         async with trio.open_nursery() as nursery:
-            driver = self._driver = self._caches.driver = _begin(self.vfs, self._waiting, self.plan)
+            driver = self._driver = self._caches.driver = _begin(
+                self.vfs, self._waiting, self._stats, self._telling, self.plan
+            )
             try:
                 nursery.start_soon(self.client.run)
                 nursery.start_soon(self._waiting.watch)
+                nursery.start_soon(Control("dfsmount", self._telling.commands()).run)
                 nursery.start_soon(self._await_signals)
                 nursery.start_soon(self._await_abort)
                 nursery.start_soon(self._announce, ready)
@@ -392,16 +403,16 @@ class Mounted:
 # -- the kernel's side ---------------------------------------------------------------------------------------------
 
 
-def _begin(vfs: Vfs, waiting: Waiting, plan: MountPlan) -> KernelDriver:
-    """Mounts, and has the driver that was chosen ready."""
+def _begin(vfs: Vfs, waiting: Waiting, stats: OpStats, telling: Telling, plan: MountPlan) -> KernelDriver:
+    """Mounts, and has the driver that was chosen ready. Only our own has ``.dfs``."""
     if plan.options.driver == "libfuse":
         loop = fuseloop.Readiness()
         pyfuse3.trio = fuseloop.stand_in(loop)  # type: ignore[attr-defined]
-        _init_fuse(Operations(vfs, waiting), plan)
+        _init_fuse(Operations(vfs, waiting, stats), plan)
         return Libfuse(loop)
-    driver = Driver(vfs, waiting)
+    driver = Driver(vfs, waiting, stats)
     _init_fuse(driver, plan)
-    return Direct(driver)
+    return Direct(VirtualDriver(driver, Virtual(telling.files(), time.time_ns()), stats))
 
 
 def _init_fuse(operations: Operations, plan: MountPlan) -> None:

@@ -1,7 +1,7 @@
 """The adapter between pyfuse3 and :class:`dfsmount.vfs.Vfs`: decodes, calls, encodes. It decides nothing.
 
 Two guards stand around every handler, because an exception other than ``FUSEError`` would end ``pyfuse3.main``:
-``_guarded`` maps errors, ``bounded`` also registers the operation in :class:`dfsmount.waiting.Waiting`, which gives it
+``guarded`` maps errors, ``bounded`` also registers the operation in :class:`dfsmount.waiting.Waiting`, which gives it
 a name, a deadline and a limit. What can be answered without waiting goes past the second.
 
 pyfuse3 3.5 hands no flags to setxattr: it asks getxattr first if XATTR_CREATE or XATTR_REPLACE is given, so these two
@@ -12,6 +12,7 @@ import errno
 import functools
 import stat
 from collections.abc import Callable, Coroutine, Sequence
+from time import perf_counter_ns
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import pyfuse3
@@ -19,7 +20,8 @@ import structlog
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, StatvfsData
 
 from dfsmount.errors import errno_of
-from dfsmount.vfs import ACCESS_ACL, Vfs
+from dfsmount.opstats import OpStats
+from dfsmount.vfs import ACCESS_ACL, VIRTUAL_XATTRS, Vfs
 from dfsmount.vfs_core import BLOCK_BYTES, Shown
 from dfsmount.vfs_files import Opened
 from dfsmount.vfs_names import Caller
@@ -73,12 +75,14 @@ def no_attribute() -> FUSEError:
     return FUSEError(pyfuse3.ENOATTR)
 
 
-def _guarded(handler: Handler[P, R]) -> Handler[P, R]:
-    """For handlers that do not wait."""
+def guarded(handler: Handler[P, R], called: str = "") -> Handler[P, R]:
+    """For handlers that do not wait. The second half of one (``_ask_...``) is timed with the first."""
+    name = called or ("" if handler.__name__.startswith("_") else handler.__name__)
 
     async def run(self: "Operations", /, *arguments: P.args, **named: P.kwargs) -> R:
+        begun_ns = perf_counter_ns()
         try:
-            return await handler(self, *arguments, **named)
+            result = await handler(self, *arguments, **named)
         except DfsError as error:
             raise FUSEError(errno_of(error)) from None
         except FUSEError:
@@ -86,6 +90,12 @@ def _guarded(handler: Handler[P, R]) -> Handler[P, R]:
         except Exception:
             log.exception("handler failed", operation=handler.__name__)
             raise FUSEError(errno.EIO) from None
+        finally:
+            if name:
+                duration_ns = self._stats.done(name, begun_ns)
+                if self._stats.recorder is not None:
+                    self._record(name, arguments, duration_ns)
+        return result
 
     functools.update_wrapper(run, handler)
     return run
@@ -117,7 +127,7 @@ def bounded(kind: Kind, *, second: int = 0, called: str = "") -> Callable[[Handl
                 waiting.end(operation)
 
         functools.update_wrapper(run, handler)
-        return _guarded(run)
+        return guarded(run, called)
 
     return decorate
 
@@ -134,8 +144,9 @@ class Operations(pyfuse3.Operations):
     # Then the kernel checks permissions by ACLs; to keep them in step with modes is the metaserver's part.
     enable_acl = True
 
-    def __init__(self, vfs: Vfs, waiting: Waiting) -> None:
+    def __init__(self, vfs: Vfs, waiting: Waiting, stats: OpStats | None = None) -> None:
         super().__init__()
+        self._stats = stats or OpStats()
         self._vfs = vfs
         self._names = vfs.names
         self._files = vfs.files
@@ -154,6 +165,16 @@ class Operations(pyfuse3.Operations):
         if not isinstance(ctx, RequestContext | Context):
             return self._vfs.inode_of(first), 0, 0
         return self._inside(first), ctx.pid, self._inside(arguments[second]) if second else 0
+
+    def _record(self, name: str, arguments: Sequence[Any], duration_ns: int) -> None:
+        """For a profile: what was done with which inode."""
+        recorder = self._stats.recorder
+        if recorder is not None and arguments and isinstance(arguments[0], int):
+            recorder.note(name, self._asked(arguments, 0)[0], duration_ns)
+
+    def encode(self, shown: Shown) -> Encoded:
+        """For what stands before this adapter."""
+        return self._encode(shown)
 
     def _outside(self, ino: int) -> int:
         return pyfuse3.ROOT_INODE if ino == self._root else ino
@@ -193,7 +214,11 @@ class Operations(pyfuse3.Operations):
 
     @bounded(Kind.NAMES)
     async def lookup(self, parent_inode: int, name: bytes, ctx: Asker) -> Encoded:
-        return self._encode(await self._names.lookup(self._inside(parent_inode), name))
+        parent = self._inside(parent_inode)
+        shown = await self._names.lookup(parent, name)
+        if self._stats.recorder is not None:
+            self._stats.recorder.learn(shown.ino, parent, name)
+        return self._encode(shown)
 
     async def forget(self, inode_list: Any) -> None:
         for inode, count in inode_list:
@@ -240,7 +265,7 @@ class Operations(pyfuse3.Operations):
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: Asker) -> Encoded:
         return self._encode(await self._names.link(self._inside(inode), self._inside(new_parent_inode), new_name))
 
-    @_guarded
+    @guarded
     async def opendir(self, inode: int, ctx: Asker) -> pyfuse3.FileHandleT:
         return pyfuse3.FileHandleT(self._names.open_directory(self._inside(inode)))
 
@@ -252,7 +277,7 @@ class Operations(pyfuse3.Operations):
                 break
             self._names.took(listed)
 
-    @_guarded
+    @guarded
     async def releasedir(self, fh: int) -> None:
         self._names.release_directory(fh)
 
@@ -262,7 +287,7 @@ class Operations(pyfuse3.Operations):
 
     # -- attributes --------------------------------------------------------------------------------------------
 
-    @_guarded
+    @guarded
     async def getattr(self, inode: int, ctx: Asker) -> Encoded:
         shown = self._vfs.known_attributes(self._inside(inode))
         return self._encode(shown if shown is not None else await self._ask_attributes(inode, ctx))
@@ -275,12 +300,12 @@ class Operations(pyfuse3.Operations):
     async def setattr(self, inode: int, attr: Changes, fields: Changes, fh: int | None, ctx: Asker) -> Encoded:
         return self._encode(await self._vfs.set_attributes(self._decode_changes(inode, attr, fields), fh))
 
-    @_guarded
+    @guarded
     async def access(self, inode: int, mode: int, ctx: Asker) -> bool:
         """Never called: the kernel checks permissions itself (``default_permissions``)."""
         return True
 
-    @_guarded
+    @guarded
     async def statfs(self, ctx: Asker) -> StatvfsData:
         """Of all of the mount: pyfuse3 does not tell which inode the kernel asks about."""
         return await self._ask_statistics(pyfuse3.ROOT_INODE, ctx)
@@ -303,7 +328,7 @@ class Operations(pyfuse3.Operations):
         data.f_namemax = NAME_MAX
         return data
 
-    @_guarded
+    @guarded
     async def getxattr(self, inode: int, name: bytes, ctx: Asker) -> bytes:
         if self._vfs.knows_no_xattr(self._inside(inode), name):
             raise no_attribute()
@@ -316,6 +341,9 @@ class Operations(pyfuse3.Operations):
     @bounded(Kind.NAMES)
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Asker) -> None:
         ino = self._inside(inode)
+        if name in VIRTUAL_XATTRS:
+            await self._vfs.set_virtual_xattr(ino, name, value, ctx.uid)
+            return
         await self._vfs.set_xattr(ino, name, value)
         if name == ACCESS_ACL and ctx.uid != 0:
             await self._drop_setgid(ino, ctx)
@@ -349,11 +377,15 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, Encoded]:
         parent = self._inside(parent_inode)
         opened, shown = await self._files.create(parent, name, mode, flags, _caller(ctx))
+        if self._stats.recorder is not None:
+            self._stats.recorder.learn(shown.ino, parent, name)
         return _file_info(opened), self._encode(shown)
 
     @bounded(Kind.READING)
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        return await self._files.read(fh, off, size)
+        data = await self._files.read(fh, off, size)
+        self._stats.read_bytes += len(data)
+        return data
 
     @bounded(Kind.WRITING)
     async def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -367,7 +399,7 @@ class Operations(pyfuse3.Operations):
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self._files.fsync(fh)
 
-    @_guarded
+    @guarded
     async def release(self, fh: int) -> None:
         self._files.release(fh)
 

@@ -18,6 +18,7 @@ from dfsmount.filestate import FileState
 from dfsmount.jobs import Jobs
 from dfsmount.meta import Meta
 from dfsmount.readahead import Neighbours, ReadAhead
+from dfsmount.readlog import Attempted, ReadLog
 from metaserver import protocol
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import FILE_SIZE_MAX, GetExtents, Locate
@@ -53,6 +54,7 @@ class Reader:
     def __init__(self, meta: Meta, pool: Pool, cache: BlockCache, options: ReaderOptions | None = None) -> None:
         self.options = options or ReaderOptions()
         self.cache = cache
+        self.log = ReadLog()
         self.fetcher = Fetcher(meta, pool, cache, self.options.own_names)
         self._meta = meta
         self._jobs = Jobs()
@@ -84,8 +86,19 @@ class Reader:
             data = self._at_once(plan[0])
             if data is not None:
                 return data
-        with trio.move_on_after(self.options.give_up_seconds):
-            return await self._read(file, plan, offset, stop)
+        begun = trio.current_time()
+        history: list[Attempted] = []
+        error = "not in time"
+        try:
+            with trio.move_on_after(self.options.give_up_seconds):
+                data = await self._read(file, plan, offset, stop, history)
+                error = ""
+                return data
+        except DfsError as problem:
+            error = str(problem)
+            raise
+        finally:
+            self.log.note(file.ino, offset, stop - offset, begun, history, error)
         raise DfsError(ErrorCode.TIMEOUT, f"inode {file.ino} could not be read at {offset} in time")
 
     def _at_once(self, part: Piece | Span) -> bytes | None:
@@ -99,13 +112,13 @@ class Reader:
             return None
         return bytes(_slice(run, part.chunk_offset, part.chunk_offset + part.length))
 
-    async def _read(self, file: FileState, plan: Plan, offset: int, stop: int) -> bytes:
+    async def _read(self, file: FileState, plan: Plan, offset: int, stop: int, history: list[Attempted]) -> bytes:
         deadline = trio.current_time() + self.options.give_up_seconds
         delay = RETRY_FIRST_SECONDS
         attempts = 0
         while True:
             try:
-                return b"".join(await self._parts(file, plan))
+                return b"".join(await self._parts(file, plan, history))
             except DfsError as error:
                 attempts += 1
                 hopeless = error.code not in PASSING and attempts > 1
@@ -121,7 +134,7 @@ class Reader:
             stop = min(stop, file.size)
             plan = _plan(file, offset, stop) if offset < stop else []
 
-    async def _parts(self, file: FileState, plan: Plan) -> list[Buffer]:
+    async def _parts(self, file: FileState, plan: Plan, history: list[Attempted]) -> list[Buffer]:
         missing = [part for part in plan if isinstance(part, Piece) and part.chunk]
         if len(missing) > 1:
             for chunk, start, stop in _requests(missing):
@@ -134,16 +147,16 @@ class Reader:
             elif part.chunk == 0:
                 parts.append(bytes(part.length))
             else:
-                await self._piece(file, part, parts)
+                await self._piece(file, part, parts, history)
         return parts
 
-    async def _piece(self, file: FileState, piece: Piece, parts: list[Buffer]) -> None:
+    async def _piece(self, file: FileState, piece: Piece, parts: list[Buffer], history: list[Attempted]) -> None:
         at, stop = piece.chunk_offset, piece.chunk_offset + piece.length
         while at < stop:
             run = self.cache.find(piece.chunk, at)
             if run is None:
                 servers = await self._places(file, piece.chunk)
-                run = await self.fetcher.get(piece.chunk, at, stop, servers)
+                run = await self.fetcher.get(piece.chunk, at, stop, servers, history)
             end = min(run.stop, stop)
             parts.append(_slice(run, at, end))
             at = end

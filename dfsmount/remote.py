@@ -115,6 +115,14 @@ class Remote:
             protocol.GET_EXTENTS, protocol.GetExtents(ino, offset, length), timeout=self._timeout
         )
 
+    async def set_copies(self, ino: int, copies: int) -> None:
+        """Begins to give a file or a tree another number of copies; 0: the cluster's default."""
+        await self._meta.call(protocol.SET_COPIES, protocol.SetFileCopies(ino, copies), timeout=self._timeout)
+
+    @property
+    def default_copies(self) -> int:
+        return self._meta.copies
+
     async def servers(self) -> dict[int, ServerAddress]:
         return await self._meta.servers()
 

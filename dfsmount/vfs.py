@@ -13,6 +13,7 @@ import trio
 
 from dfsmount.allowances import UNKNOWN
 from dfsmount.config import FLUSH_XATTR
+from dfsmount.filefacts import FileFacts
 from dfsmount.handles import OpenFile
 from dfsmount.vfs_core import Core, Shown
 from dfsmount.vfs_files import Files
@@ -28,6 +29,9 @@ STATS_KEPT = 100
 FAREWELL_SECONDS = 3.0
 _ACL_PREFIX = b"system.posix_acl_"
 ACCESS_ACL = b"system.posix_acl_access"
+# Made when they are asked for (docs/operations.md).
+CHUNKS_XATTR, COPIES_XATTR, CHECKSUM_XATTR = b"user.dfs.chunks", b"user.dfs.copies", b"user.dfs.checksum"
+VIRTUAL_XATTRS = frozenset({CHUNKS_XATTR, COPIES_XATTR, CHECKSUM_XATTR})
 _ACLS = (ACCESS_ACL, b"system.posix_acl_default")
 _PLAIN_ACL = struct.Struct("<IHHIHHIHHI")
 _PLAIN_TAGS = (2, 0x01, 0x04, 0x20)
@@ -38,8 +42,9 @@ _NAMESPACES = (b"user.", b"trusted.", b"security.")
 class Vfs:
     """One mounted filesystem. ``root`` is the ino of the directory that is mounted."""
 
-    def __init__(self, core: Core, root: int) -> None:
+    def __init__(self, core: Core, root: int, facts: FileFacts | None = None) -> None:
         self.core = core
+        self.facts = facts
         self.root = root
         self.names = Names(core, root)
         self.files = Files(core)
@@ -95,7 +100,7 @@ class Vfs:
         """Whether ``name`` is known to be missing (the kernel asks for security.capability before each write)."""
         inode = self.core.inodes.believed(ino)
         has_none = inode is not None and not inode.attributes.flags & InodeFlags.HAS_XATTRS
-        plain = name.startswith(_NAMESPACES) and name not in _NAMESPACES and name != FLUSH_XATTR
+        plain = name.startswith(_NAMESPACES) and name not in _NAMESPACES and not name.startswith(b"user.dfs.")
         return has_none and (plain or name in _ACLS)
 
     async def get_xattr(self, ino: int, name: bytes) -> bytes:
@@ -103,6 +108,8 @@ class Vfs:
         if name == FLUSH_XATTR and ino == self.root:
             await self.write_everything()
             return b"done"
+        if name in VIRTUAL_XATTRS:
+            return await self._virtual_xattr(ino, name)
         inode = await self.core.attributes(ino)
         if not inode.attributes.flags & InodeFlags.HAS_XATTRS:
             raise DfsError(ErrorCode.NO_ATTRIBUTE)
@@ -128,6 +135,35 @@ class Vfs:
         mode = stat.S_IMODE(self.core.show(inode).mode) & ~0o777 | permissions
         return self.files.set_at_once(SetAttributes(ino, mode=mode)) is not None
 
+    async def _virtual_xattr(self, ino: int, name: bytes) -> bytes:
+        """Not listed, so that nothing copies them; what is dirty counts."""
+        await self.core.flush(ino)
+        inode = await self.core.attributes(ino)
+        kind = inode.attributes.mode
+        if name == COPIES_XATTR and (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            return str(inode.attributes.copies or self.core.remote.default_copies).encode()
+        if self.facts is None or not stat.S_ISREG(kind):
+            raise DfsError(ErrorCode.NO_ATTRIBUTE)
+        if name == CHUNKS_XATTR:
+            return await self.facts.chunks_text(ino)
+        if name == CHECKSUM_XATTR:
+            return await self.facts.checksum_text(ino)
+        raise DfsError(ErrorCode.NO_ATTRIBUTE)
+
+    async def set_virtual_xattr(self, ino: int, name: bytes, value: bytes, uid: int) -> None:
+        """As `dfs set-copies`: a number, or ``default``. Only the owner and root may, because it costs space."""
+        if name != COPIES_XATTR:
+            raise DfsError(ErrorCode.NOT_PERMITTED, "this attribute cannot be set")
+        inode = await self.core.attributes(ino)
+        if uid not in (0, inode.attributes.uid):
+            raise DfsError(ErrorCode.NOT_PERMITTED, "only the owner may")
+        text = value.decode("ascii", "replace").strip()
+        if text != "default" and not (text.isascii() and text.isdecimal() and 0 < int(text[:6]) < 1 << 16):
+            raise DfsError(ErrorCode.INVALID, "a number of copies, or default")
+        await self.core.flush(ino)
+        await self.core.remote.set_copies(ino, 0 if text == "default" else int(text))
+        self.core.inodes.doubt(ino)
+
     async def _settle(self, ino: int, name: bytes) -> None:
         """Mode and access ACL depend on each other: a chmod that was answered comes first."""
         file = self.core.files.get(ino) if name.startswith(_ACL_PREFIX) else None
@@ -142,6 +178,8 @@ class Vfs:
 
     async def remove_xattr(self, ino: int, name: bytes) -> None:
         _check_namespace(name)
+        if name in VIRTUAL_XATTRS:
+            raise DfsError(ErrorCode.NOT_PERMITTED, "this attribute cannot be removed")
         await self._settle(ino, name)
         await self.core.remote.remove_xattr(ino, name)
         self.core.inodes.doubt(ino)

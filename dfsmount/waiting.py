@@ -22,6 +22,7 @@ take them all, no more than ``limit`` of each kind may be in progress; further o
 
 import errno
 import math
+import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from enum import IntEnum
@@ -33,6 +34,7 @@ import structlog
 import trio
 
 from dfsmount import killed
+from metaserver import tracing
 from metaserver.errors import DfsError, ErrorCode
 
 log = structlog.get_logger(__name__)
@@ -82,7 +84,7 @@ class Operation:
 
     __slots__ = (
         "also", "arguments", "begun", "errno", "kind", "link", "logged", "name", "scope", "serial", "started",
-        "subject", "thread", "work",
+        "subject", "thread", "trace", "work",
     )  # fmt: skip
 
     def __init__(
@@ -104,6 +106,7 @@ class Operation:
         self.thread = thread
         self.started = self.begun = started
         self.link = 1
+        self.trace = 0
         self.logged = False
         self.errno = errno.EIO
         self.scope = trio.CancelScope()
@@ -194,6 +197,8 @@ class Waiting:
         self._operations: dict[int, Operation] = {}
         self._given_up: dict[Chain, GivenUp] = {}
         self._serial = 0
+        # Traces of mounts begin somewhere else each time, so that those of two are rarely the same.
+        self._first_trace = secrets.randbits(32)
 
     def __len__(self) -> int:
         return len(self._operations)
@@ -207,6 +212,8 @@ class Waiting:
         self._counts[kind] += 1
         self._serial += 1
         operation = Operation(self._serial, kind, name, subject, self._clock(), thread, also, arguments)
+        operation.trace = (self._first_trace + self._serial) & tracing.MASK or 1
+        tracing.TRACE.set(operation.trace)
         self._operations[self._serial] = operation
         if self._given_up:
             self._continue(operation)
@@ -262,16 +269,22 @@ class Waiting:
                     operation=operation.name,
                     subject=operation.subject,
                     seconds=round(waited, 1),
+                    trace=tracing.text(operation.trace),
                     at=operation.where(),
                 )
             if waited >= self._deadline_seconds and not operation.scope.cancel_called:
-                log.error("operation given up", operation=operation.name, subject=operation.subject)
+                trace = tracing.text(operation.trace)
+                log.error("operation given up", operation=operation.name, subject=operation.subject, trace=trace)
                 operation.scope.cancel()
         if now >= self._look_at:
             self._end_killed([*self._older_than(KILLED_AFTER_SECONDS, now)])
             # With very many processes it takes long, and everybody waits meanwhile.
             took = self._clock() - now
             self._look_at = now + max(LOOK_SECONDS, took * LOOK_SHARE)
+
+    def in_progress(self) -> Iterator[Operation]:
+        """The oldest first."""
+        return iter(self._operations.values())
 
     def _older_than(self, seconds: float, now: float) -> Iterator[Operation]:
         for operation in self._operations.values():

@@ -25,6 +25,7 @@ from dfsmount.schedule import Delays, Schedule
 from dfsmount.supply import MAKESHIFT_SECONDS, ChunkSupply
 from metaserver.errors import DfsError, ErrorCode
 from metaserver.protocol import FILE_SIZE_MAX
+from metaserver.tracing import TRACE
 
 log = structlog.get_logger(__name__)
 
@@ -132,6 +133,8 @@ class Writer:
         target = file.dirty.close()
         if not file.dirty:
             return
+        # What is sent now is sent on behalf of whoever waits for it.
+        file.trace = TRACE.get()
         file.fsyncs += durable
         try:
             self.schedule.want(file)

@@ -283,6 +283,10 @@ class MetaClient:
         """A chunkserver's address if it is known already."""
         return self._servers.get(server)
 
+    @property
+    def known_servers(self) -> Sequence[ServerAddress]:
+        return [*self._servers.values()]
+
     async def servers(self) -> dict[int, ServerAddress]:
         """Fetches all addresses anew; :meth:`peer` then knows them."""
         reply = await self.call(protocol.LIST_SERVERS, wire.Empty())

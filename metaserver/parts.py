@@ -112,6 +112,7 @@ class Parts:
         self.admin = Admin(committer, config, changes, tasks, drains, balancer, losses, resuming.window, self.trees)
         self.garbage = GarbageReader(committer, repair, cleaner)
         self.listing = Listing(committer, members, config.copies)
+        service.set_copies, service.status_text = self.admin.set_copies, self.status.text
         self.history = History(self.seen, now_ns)
         chores = (balancer.tick, drains.ask_writers, self.trees.recount)
         self.aging = Aging(config, clock, sessions, members, changes, resuming, tasks, repair, cleaner, trash, chores)

@@ -251,6 +251,20 @@ class Resumed(Message):
     more: bool = False
 
 
+class SetFileCopies(Message):
+    """Begins to give a file, or a directory and all below it, another number of copies; 0: the cluster's default. The
+    mount has seen to it that whoever asks may."""
+
+    ino: int
+    copies: int
+
+
+class StatusText(Message):
+    """A :class:`Status` as JSON; without its sessions if it is too long otherwise."""
+
+    status: bytes
+
+
 class KeepAlive(Message):
     """``acknowledged``: answers to operations up to this number have arrived and may be forgotten."""
 
@@ -667,6 +681,8 @@ TOUCH = Method(26, "touch", TouchInodes, Touched)
 
 ALLOCATE = Method(40, "allocate", Allocate, Allocated)
 COMMIT = Method(41, "commit", Commit, Committed)
+SET_COPIES = Method(80, "set_copies", SetFileCopies, Empty)
+GET_STATUS = Method(81, "get_status", Empty, StatusText)
 SEAL = Method(42, "seal", Seal, Empty)
 LOCATE = Method(43, "locate", Locate, Located)
 LIST_SERVERS = Method(44, "list_servers", Empty, Servers)

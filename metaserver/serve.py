@@ -23,6 +23,7 @@ from metaserver.clock import steady_ns
 from metaserver.commit import Committer, Options, open_committer
 from metaserver.config import Config, ConfigError
 from metaserver.connection import accept_handshake
+from metaserver.controlsocket import Control
 from metaserver.errors import ConnectionLost, DfsError
 from metaserver.http import make_app
 from metaserver.key import ClusterKey, load_or_create_key
@@ -94,6 +95,7 @@ async def _run(
         ports = Ports(listener.getsockname()[1], await _start_http(nursery, config, key, parts))
         nursery.start_soon(transport.serve, listener, _Acceptor(parts, key).handle)
         nursery.start_soon(parts.aging.run)
+        nursery.start_soon(Control("metaserver", {}).run)
         nursery.start_soon(parts.history.run)
         nursery.start_soon(systemd.feed_watchdog)
         systemd.notify("READY=1")

@@ -6,7 +6,7 @@ that is still at work, or a chunkserver to come up.
 """
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import structlog
@@ -157,6 +157,9 @@ class Service:
         self.quotas = quotas
         self._now_ns = now_ns
         self.servers_up = trio.Event()
+        # What operators have, for mounts; set by whoever makes all the parts.
+        self.status_text: Callable[[], Awaitable[bytes]] = _no_status
+        self.set_copies: Callable[[int, int], Awaitable[Any]] = _no_copies
         self._space_told = trio.Event()
         self.table = self._table()
         # Requests by method number, for the metrics.
@@ -184,6 +187,8 @@ class Service:
             Served(protocol.STAT_FS, self._stat_fs, stranger=True),
             Served(protocol.LOCATE, self._locate, stranger=True),
             Served(protocol.LIST_SERVERS, self._list_servers, stranger=True),
+            Served(protocol.GET_STATUS, self._get_status, stranger=True),
+            Served(protocol.SET_COPIES, self._set_copies),
             Served(protocol.OPEN, self._open),
             Served(protocol.CLOSE, self._close),
             Served(protocol.REPORT_REPLICA, self._report_replica),
@@ -256,6 +261,15 @@ class Service:
         session = client.known
         await self.resuming.end(session, "closed")
         client.session = None
+        return Reply(Empty(), (), 0, self.committer.durable)
+
+    async def _get_status(self, client: Client, request: Request[Any]) -> Reply:
+        return Reply(protocol.StatusText(await self.status_text()), (), 0, self.committer.durable)
+
+    async def _set_copies(self, client: Client, request: Request[Any]) -> Reply:
+        if client.known.row.read_only:
+            raise DfsError(ErrorCode.READ_ONLY, "this session is read-only")
+        await self.set_copies(request.message.ino, request.message.copies)
         return Reply(Empty(), (), 0, self.committer.durable)
 
     def _flushed(self, client: Client, request: Request[Any]) -> Result:
@@ -535,3 +549,11 @@ def _within(stats: protocol.FsStats, size: int, used: int, most: int, inodes: in
 
 def _never(client: Client, request: Request[Any]) -> Result:
     raise AssertionError("OPEN_SESSION is dealt with in Client.dispatch")
+
+
+async def _no_status() -> bytes:
+    raise DfsError(ErrorCode.NOT_SUPPORTED, "there is no status here")
+
+
+async def _no_copies(ino: int, copies: int) -> None:
+    raise DfsError(ErrorCode.NOT_SUPPORTED, "copies cannot be set here")

@@ -38,6 +38,8 @@ from metaserver.trashing import Trash
 log = structlog.get_logger(__name__)
 
 VERSION = "0.1.0"
+# Three quarters of what a message may have.
+TEXT_BYTES = 768 << 10
 # Chunks counted between two turns of others: about 10 ms.
 SLICE = 500
 # A count is shown again for so long: `dfs up` asks for the status ten times a second.
@@ -82,6 +84,14 @@ class StatusReader:
         self._counting = trio.Lock()
         self._census = Census(members)
         self._fresh_until = float("-inf")
+
+    async def text(self) -> bytes:
+        """As JSON, for mounts: within what a message may have."""
+        status = await self.status()
+        encoded = msgspec.json.encode(status)
+        if len(encoded) > TEXT_BYTES:
+            encoded = msgspec.json.encode(msgspec.structs.replace(status, sessions=[]))
+        return encoded
 
     async def status(self) -> Status:
         total, free = self._members.space(self._config.copies)

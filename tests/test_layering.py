@@ -16,7 +16,9 @@ PACKAGES = ("metaserver", "chunkserver", "dfsmount")
 METASERVER_PUBLISHED = {
     f"metaserver.{name}"
     for name in (
+        "controlsocket",
         "errors",
+        "exposition",
         "joining",
         "key",
         "wire",
