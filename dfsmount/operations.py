@@ -176,6 +176,15 @@ class Operations(pyfuse3.Operations):
         """For what stands before this adapter."""
         return self._encode(shown)
 
+    def last_known_root(self) -> Shown | None:
+        """The root's attributes, however old; to be asked for again after a second."""
+        inode = self._vfs.core.inodes.get(self._root)
+        if inode is None:
+            return None
+        shown = self._vfs.core.show(inode)
+        shown.attr_seconds = shown.entry_seconds = 1.0
+        return shown
+
     def _outside(self, ino: int) -> int:
         return pyfuse3.ROOT_INODE if ino == self._root else ino
 

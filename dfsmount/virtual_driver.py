@@ -9,6 +9,9 @@ import os
 import stat
 from collections.abc import Callable
 from time import perf_counter_ns
+from typing import Any
+
+import trio
 
 from dfsmount import fusewire
 from dfsmount.device import NoAnswer, Served
@@ -32,6 +35,8 @@ _NAMED = {
     Opcode.LINK: fusewire.LINK_IN.size,
 }
 _RENAMES = {Opcode.RENAME: fusewire.RENAME_IN, Opcode.RENAME2: fusewire.RENAME2_IN}
+# How long a metaserver may take to tell the root's attributes before older ones are shown.
+ROOT_SECONDS = 1.0
 _NOTHING = frozenset({Opcode.FLUSH, Opcode.FSYNC, Opcode.FSYNCDIR, Opcode.RELEASEDIR})
 _CALLED = {opcode: opcode.name.lower().replace("readdirplus", "readdir") for opcode in Opcode}
 
@@ -62,9 +67,21 @@ class VirtualDriver:
                 return found
         begun_ns = perf_counter_ns()
         answer = self._driver.serve(request, body)
+        if node == ROOT and opcode == Opcode.GETATTR and not (answer is None or isinstance(answer, bytes)):
+            return self._root_attributes(answer)
         if answer is None or isinstance(answer, bytes):
             self._stats.done(_CALLED[opcode], begun_ns)  # type: ignore[index]
         return answer
+
+    async def _root_attributes(self, asked: Any) -> Any:
+        """On the way to ``.dfs`` the kernel asks for those of the root; without a metaserver, what was known has to do,
+        or nobody could look why nothing answers."""
+        with trio.move_on_after(ROOT_SECONDS):
+            return await asked
+        known = self._driver.last_known_root()
+        if known is None:
+            raise FUSEError(errno.EIO)
+        return fusewire.attributes_of(self._driver.encode(known))
 
     @staticmethod
     def _is_named(opcode: int, body: memoryview) -> bool:
