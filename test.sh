@@ -9,7 +9,7 @@ source scripts/setup.sh
 
 # What the tests call; systemd for systemd-analyze.
 TEST_PACKAGES=(
-    acl attr curl e2fsprogs ed fio fish git inotify-tools litmus iproute2 make man-db mandoc patch procps rsync sqlite3 systemd
+    acl attr curl e2fsprogs ed fio fish git inotify-tools litmus iproute2 make man-db mandoc patch procps prometheus rsync sqlite3 systemd
     tar unzip vim-tiny zip zsh
 )
 

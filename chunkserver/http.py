@@ -8,6 +8,7 @@ a method (``disk``: waiting for it) and seconds.
 """
 
 import re
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,7 @@ class _Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         running = self._node.running
+        yield GaugeMetricFamily("chunkserver_clock_seconds", "Its clock (UTC), as Unix time", time.time())
         yield GaugeMetricFamily("chunkserver_joined", "1 once the cluster is known", 0 if running is None else 1)
         if running is None:
             return

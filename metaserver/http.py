@@ -25,7 +25,7 @@ from metaserver.joins import OPEN_PATH
 from metaserver.key import ClusterKey
 from metaserver.page import Page
 from metaserver.planning import Group
-from metaserver.protocol import Heartbeat, Register, ReportPage
+from metaserver.protocol import ChunkHealth, Heartbeat, Register, ReportPage
 from metaserver.service import Service
 from metaserver.snapshot import SnapshotFailed
 from metaserver.status import StatusReader
@@ -40,6 +40,8 @@ class ServiceMetrics(Collector):
     def __init__(self, service: Service, status: StatusReader) -> None:
         self._service = service
         self._status = status
+        # Counted anew, as seldom as `dfs status` counts, before each look.
+        self.health = ChunkHealth(0, 0, 0, 0, 0, 0)
 
     def collect(self) -> Iterable[Metric]:
         service, committer = self._service, self._service.committer
@@ -65,6 +67,8 @@ class ServiceMetrics(Collector):
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"metaserver_{name}", text, float(value))
         yield self._requests()
+        yield GaugeMetricFamily("metaserver_clock_seconds", "Its clock (UTC), as Unix time", time.time())
+        yield self._chunks()
         timings = {service.table[number].method.name: timing for number, timing in service.timings.items()}
         yield from families(timings, "metaserver_request", "method", "requests")
         yield CounterMetricFamily("metaserver_flushes", "FLUSH pushes sent", service.flushing.asked)
@@ -81,6 +85,12 @@ class ServiceMetrics(Collector):
             "deletions_waiting": ("Chunks with replicas that wait to be deleted", repair.waiting(Group.DELETIONS)),
             "copied_bytes_per_second": ("Copied between chunkservers of late", repair.copy_rate),
         }
+
+    def _chunks(self) -> Metric:
+        family = GaugeMetricFamily("metaserver_chunks", "Chunks by their good copies on servers up", labels=["health"])
+        for name in ("healthy", "too_few", "missing", "open", "dead"):
+            family.add_metric([name], getattr(self.health, name))
+        return family
 
     def _requests(self) -> Metric:
         family = CounterMetricFamily("metaserver_requests", "Requests by method", labels=["method"])
@@ -125,8 +135,13 @@ def make_app(
     """The application, with ``more`` routes; every path but ``/health`` and joining needs the token of ``key``."""
     registry = CollectorRegistry()
     page = Page()
+<<<<<<< HEAD
     trash_admin = TrashAdmin(service.committer, service.changes, service.trash)
     registry.register(ServiceMetrics(service, status))
+=======
+    numbers = ServiceMetrics(service, status)
+    registry.register(numbers)
+>>>>>>> 046673b (Add a Grafana dashboard and alert rules, with tests that their metrics exist and the rules fire; tell chunks by their good copies and clocks in the metrics)
 
     async def register(request: Request) -> Response:
         return json_reply(await control.register(await read_json(request, Register)))
@@ -175,6 +190,7 @@ def make_app(
         return json_reply({"role": "metaserver", "epoch": service.committer.epoch, "status": "ok"})
 
     async def metrics(request: Request) -> Response:
+        numbers.health = await status.health()
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     routes = [
