@@ -135,13 +135,9 @@ def make_app(
     """The application, with ``more`` routes; every path but ``/health`` and joining needs the token of ``key``."""
     registry = CollectorRegistry()
     page = Page()
-<<<<<<< HEAD
     trash_admin = TrashAdmin(service.committer, service.changes, service.trash)
-    registry.register(ServiceMetrics(service, status))
-=======
     numbers = ServiceMetrics(service, status)
     registry.register(numbers)
->>>>>>> 046673b (Add a Grafana dashboard and alert rules, with tests that their metrics exist and the rules fire; tell chunks by their good copies and clocks in the metrics)
 
     async def register(request: Request) -> Response:
         return json_reply(await control.register(await read_json(request, Register)))
