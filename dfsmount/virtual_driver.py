@@ -70,7 +70,9 @@ class VirtualDriver:
         if node == ROOT and opcode == Opcode.GETATTR and not (answer is None or isinstance(answer, bytes)):
             return self._root_attributes(answer)
         if answer is None or isinstance(answer, bytes):
-            self._stats.done(_CALLED[opcode], begun_ns)  # type: ignore[index]
+            duration_ns = self._stats.done(_CALLED[opcode], begun_ns)  # type: ignore[index]
+            if self._stats.recorder is not None:
+                self._stats.recorder.note(_CALLED[opcode], node, duration_ns)  # type: ignore[index]
         return answer
 
     async def _root_attributes(self, asked: Any) -> Any:
