@@ -1,7 +1,7 @@
 """The adapter between pyfuse3 and :class:`dfsmount.vfs.Vfs`: decodes, calls, encodes. It decides nothing.
 
 Two guards stand around every handler, because an exception other than ``FUSEError`` would end ``pyfuse3.main``:
-``guarded`` maps errors, ``bounded`` also registers the operation in :class:`dfsmount.waiting.Waiting`, which gives it
+``_guarded`` maps errors, ``bounded`` also registers the operation in :class:`dfsmount.waiting.Waiting`, which gives it
 a name, a deadline and a limit. What can be answered without waiting goes past the second.
 
 pyfuse3 3.5 hands no flags to setxattr: it asks getxattr first if XATTR_CREATE or XATTR_REPLACE is given, so these two
@@ -75,7 +75,7 @@ def no_attribute() -> FUSEError:
     return FUSEError(pyfuse3.ENOATTR)
 
 
-def guarded(handler: Handler[P, R], called: str = "") -> Handler[P, R]:
+def _guarded(handler: Handler[P, R], called: str = "") -> Handler[P, R]:
     """For handlers that do not wait. The second half of one (``_ask_...``) is timed with the first."""
     name = called or ("" if handler.__name__.startswith("_") else handler.__name__)
 
@@ -127,7 +127,7 @@ def bounded(kind: Kind, *, second: int = 0, called: str = "") -> Callable[[Handl
                 waiting.end(operation)
 
         functools.update_wrapper(run, handler)
-        return guarded(run, called)
+        return _guarded(run, called)
 
     return decorate
 
@@ -274,7 +274,7 @@ class Operations(pyfuse3.Operations):
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: Asker) -> Encoded:
         return self._encode(await self._names.link(self._inside(inode), self._inside(new_parent_inode), new_name))
 
-    @guarded
+    @_guarded
     async def opendir(self, inode: int, ctx: Asker) -> pyfuse3.FileHandleT:
         return pyfuse3.FileHandleT(self._names.open_directory(self._inside(inode)))
 
@@ -286,7 +286,7 @@ class Operations(pyfuse3.Operations):
                 break
             self._names.took(listed)
 
-    @guarded
+    @_guarded
     async def releasedir(self, fh: int) -> None:
         self._names.release_directory(fh)
 
@@ -296,7 +296,7 @@ class Operations(pyfuse3.Operations):
 
     # -- attributes --------------------------------------------------------------------------------------------
 
-    @guarded
+    @_guarded
     async def getattr(self, inode: int, ctx: Asker) -> Encoded:
         shown = self._vfs.known_attributes(self._inside(inode))
         return self._encode(shown if shown is not None else await self._ask_attributes(inode, ctx))
@@ -309,12 +309,12 @@ class Operations(pyfuse3.Operations):
     async def setattr(self, inode: int, attr: Changes, fields: Changes, fh: int | None, ctx: Asker) -> Encoded:
         return self._encode(await self._vfs.set_attributes(self._decode_changes(inode, attr, fields), fh))
 
-    @guarded
+    @_guarded
     async def access(self, inode: int, mode: int, ctx: Asker) -> bool:
         """Never called: the kernel checks permissions itself (``default_permissions``)."""
         return True
 
-    @guarded
+    @_guarded
     async def statfs(self, ctx: Asker) -> StatvfsData:
         """Of all of the mount: pyfuse3 does not tell which inode the kernel asks about."""
         return await self._ask_statistics(pyfuse3.ROOT_INODE, ctx)
@@ -337,7 +337,7 @@ class Operations(pyfuse3.Operations):
         data.f_namemax = NAME_MAX
         return data
 
-    @guarded
+    @_guarded
     async def getxattr(self, inode: int, name: bytes, ctx: Asker) -> bytes:
         if self._vfs.knows_no_xattr(self._inside(inode), name):
             raise no_attribute()
@@ -408,7 +408,7 @@ class Operations(pyfuse3.Operations):
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self._files.fsync(fh)
 
-    @guarded
+    @_guarded
     async def release(self, fh: int) -> None:
         self._files.release(fh)
 
