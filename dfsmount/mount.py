@@ -457,7 +457,8 @@ def _captured_errors() -> Iterator[list[str]]:
             said[0] = lines[-1].strip() if lines else ""
 
 
-_ASK = "import os, sys; os.statvfs(sys.argv[1]); print(os.stat(sys.argv[1]).st_dev)"
+# Also has the kernel know ``.dfs``; see virtual.
+_ASK = "import os, sys; os.statvfs(sys.argv[1]); os.path.lexists(sys.argv[1] + '/.dfs'); print(os.stat(sys.argv[1]).st_dev)"
 
 
 def _ask_mount(mountpoint: Path) -> int:

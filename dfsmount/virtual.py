@@ -18,7 +18,9 @@ FIRST = 0xFFFF << 48
 # Opened at a time: each holds what it was opened with.
 HANDLES = 64
 CONTENT_BYTES = 1 << 20
-SECONDS = 1.0
+# The kernel keeps the names so long without asking. While a program makes something in the root and gets no answer, the
+# kernel lets nobody look up there what it does not know; the mount has it look ``.dfs`` up at its beginning.
+SECONDS = 86400.0
 
 Make = Callable[[], Awaitable[str]]
 
