@@ -458,7 +458,10 @@ def _captured_errors() -> Iterator[list[str]]:
 
 
 # Also has the kernel know ``.dfs``; see virtual.
-_ASK = "import os, sys; os.statvfs(sys.argv[1]); os.path.lexists(sys.argv[1] + '/.dfs'); print(os.stat(sys.argv[1]).st_dev)"
+_ASK = (
+    "import os, sys; os.statvfs(sys.argv[1]); os.path.lexists(sys.argv[1] + '/.dfs'); "
+    "print(os.stat(sys.argv[1]).st_dev)"
+)
 
 
 def _ask_mount(mountpoint: Path) -> int:
