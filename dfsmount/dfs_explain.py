@@ -7,10 +7,10 @@ import msgspec
 
 from dfsmount import dfs_chunks, dfs_show
 from dfsmount.dfs_api import Api
+from dfsmount.dfs_asking import ask, process_of
 from dfsmount.dfs_chunks import FileView
 from dfsmount.dfs_find import Access
 from dfsmount.dfs_layout import Problem
-from dfsmount.dfs_observe import ask, process_of
 from dfsmount.dfs_options import say
 from dfsmount.readlog import Read, Step
 from dfsmount.telling import duration_text

@@ -4,7 +4,6 @@ import marshal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import msgspec
 import typer
 
 from dfsmount.dfs_options import AsJson, Data, KeyFile, Metaserver, find, print_json, say
@@ -125,40 +124,9 @@ def explain(
 # -- asking mounts and processes -----------------------------------------------------------------------------------
 
 
-def process_of(path: Path) -> "Process":
-    """The process behind the mount that a path lies in; nothing is asked of the mounted filesystem itself, which may
-    hang."""
-    import os
-
-    from dfsmount.dfs_layout import Problem
-    from dfsmount.dfs_mounts import mounts, our_mount_of
-    from metaserver import controlsocket
-
-    point = our_mount_of(Path(os.path.abspath(path)), mounts()).point
-    for process in controlsocket.processes():
-        if process.program == "dfsmount":
-            try:
-                about = controlsocket.ask(process, "about")
-            except controlsocket.Refused:
-                continue
-            if isinstance(about, dict) and about.get("mountpoint") == point:
-                return process
-    raise Problem(f"the process that serves {point} cannot be asked: be root or the user who mounted it, on this host")
-
-
-def ask(process: "Process", command: str, type_: type[AnswerT], timeout: float = 5.0, **arguments: Any) -> AnswerT:
-    from dfsmount.dfs_layout import Problem
-    from metaserver import controlsocket
-
-    try:
-        return msgspec.convert(controlsocket.ask(process, command, timeout, **arguments), type_)
-    except controlsocket.Refused as refused:
-        raise Problem(str(refused)) from None
-    except msgspec.ValidationError:
-        raise Problem(f"process {process.pid} is of another version") from None
-
-
 def _ask_mount(mount: Path, command: str, type_: type[AnswerT], timeout: float = 5.0, **arguments: Any) -> AnswerT:
+    from dfsmount.dfs_asking import ask, process_of
+
     return ask(process_of(mount), command, type_, timeout, **arguments)
 
 
@@ -185,6 +153,7 @@ def _inode_text(ino: int) -> str:
 
 
 def _profile_process(name: str, seconds: float, rows: int, output: Path | None, as_json: bool) -> None:
+    from dfsmount.dfs_asking import ask
     from metaserver.controlsocket import Function
 
     functions = ask(_process(name), "cpu", list[Function], seconds + 10, seconds=seconds)

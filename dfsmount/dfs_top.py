@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dfsmount.dfs_api import Api
+from dfsmount.dfs_asking import ask
 from dfsmount.dfs_find import Access
 from dfsmount.dfs_layout import Problem
-from dfsmount.dfs_observe import ask
 from dfsmount.telling import Stats, Waits, duration_text
 from metaserver import controlsocket, words
 from metaserver.protocol import Status
