@@ -30,6 +30,7 @@ from metaserver.schema import (
     IdKind,
     Inode,
     Listed,
+    Quota,
     Session,
     Table,
     Task,
@@ -80,6 +81,7 @@ def check_steps(tx: Transaction) -> Findings:
     yield from _readable("SESSIONS", _check_sessions(tx))
     yield from tasks.check()
     yield from _readable("TRASH", _check_trash(tx))
+    yield from _readable("QUOTAS", _check_quotas(tx))
     yield from _check_limits(tx)
 
 
@@ -285,6 +287,19 @@ def _check_trash(tx: Transaction) -> Findings:
             yield Problem("TRASH", str(ino), "the inode does not exist, or is not in the trash under this time")
         elif stat.S_ISDIR(inode.mode) != row.directory:
             yield Problem("TRASH", str(ino), f"says directory {row.directory}, the inode has mode {inode.mode:o}")
+        if count % SLICE_ROWS == 0:
+            yield None
+
+
+def _check_quotas(tx: Transaction) -> Findings:
+    for count, (key, value) in enumerate(rows(tx, Table.QUOTAS)):
+        ino, quota = read_u64(key), Quota.unpack(value)
+        found = tx.get(Table.INODES, inode_key(ino))
+        if found is None or not stat.S_ISDIR(Inode.unpack(found).mode):
+            yield Problem("QUOTAS", str(ino), "the directory does not exist")
+        limits = (quota.bytes_soft, quota.bytes_hard, quota.inodes_soft, quota.inodes_hard)
+        if min(limits) < 0 or not any(limits):
+            yield Problem("QUOTAS", str(ino), f"limits nothing, or less than nothing: {limits}")
         if count % SLICE_ROWS == 0:
             yield None
 

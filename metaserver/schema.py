@@ -66,7 +66,8 @@ TREES      ino u64                        :class:`Tree`: what is COUNTED below t
 TRASH      expires u64, ino u64           :class:`Trashed`, msgpack: a file, symlink or directory that was deleted, what
                                           is to go first first. expires is in ns since 1970, and also the inode's
                                           ``next_cookie``. A directory is there only if it HAS_TRASH.
-QUOTAS     ino u64                        :class:`Quota`, msgpack: limits of what is in this directory, and below.
+QUOTAS     ino u64                        :class:`Quota`, msgpack: limits of what is in this directory, and below; the
+                                          directory exists. No limit is negative.
 LINKS      ino u64, parent u64,           empty: one row for each name of a COUNTED inode but the one that its row
            cookie u64                     tells; (parent, cookie) is the name's LISTING key.
 ========== ============================== =====================================================================

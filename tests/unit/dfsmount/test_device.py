@@ -120,7 +120,8 @@ async def test_other_tasks_have_their_turn(kernel: Kernel) -> None:
     while len(kernel.served) < 3 * REQUESTS_PER_TURN:
         turns += 1
         await trio.lowlevel.checkpoint()
-    assert turns >= 3
+    # One between the first and the second, one before the third; in which order tasks run is chance.
+    assert turns >= 2
 
 
 async def test_the_end_waits_for_what_is_in_progress(kernel: Kernel, nursery: trio.Nursery) -> None:

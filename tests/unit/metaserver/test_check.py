@@ -16,6 +16,7 @@ from metaserver.schema import (
     IdKind,
     Inode,
     Listed,
+    Quota,
     Replica,
     Server,
     Session,
@@ -36,6 +37,7 @@ from metaserver.schema import (
     link_key,
     listing_key,
     orphan_key,
+    quota_key,
     replica_key,
     server_key,
     session_key,
@@ -242,6 +244,16 @@ BROKEN: dict[str, tuple[Callable[[MemoryRows], object], str, str]] = {
         lambda tx: tx.put(Table.TASKS, key_u64(1), Task(TaskKind.REMOVE_INODE, 77).pack()),
         "TASKS",
         "removes inode 77",
+    ),
+    "quota of no directory": (
+        lambda tx: tx.put(Table.QUOTAS, quota_key(DATA), Quota(0, 1, 0, 0, 0).pack()),
+        "QUOTAS",
+        "does not exist",
+    ),
+    "quota without a limit": (
+        lambda tx: tx.put(Table.QUOTAS, quota_key(SUB), Quota(0, 0, 0, 0, 0).pack()),
+        "QUOTAS",
+        "limits nothing",
     ),
     "trash of no inode": (
         lambda tx: tx.put(Table.TRASH, trash_key(5, 77), Trashed(SUB, b"x", 2, 0, False).pack()),
