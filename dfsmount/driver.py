@@ -34,6 +34,8 @@ class Driver(Operations):
     """Serves the requests of a :class:`dfsmount.device.Device`."""
 
     def __init__(self, vfs: Vfs, waiting: Waiting, stats: OpStats | None = None) -> None:
+        # Of O_TRUNC; known once the kernel has begun.
+        self._kernel_tells = False
         super().__init__(vfs, waiting, stats)
         self._servers: dict[int, Server] = {
             Opcode.LOOKUP: self._lookup,
@@ -66,7 +68,7 @@ class Driver(Operations):
             Opcode.READDIRPLUS: self._readdirplus,
             Opcode.RELEASEDIR: self._releasedir,
             Opcode.FSYNCDIR: self._fsyncdir,
-            Opcode.INIT: lambda r, b: fusewire.encode_init(bytes(b)),
+            Opcode.INIT: self._init,
             Opcode.INTERRUPT: self._ignore,
         }
 
@@ -92,6 +94,11 @@ class Driver(Operations):
             shown.rdev,
             BLOCK_BYTES,
         )
+
+    def _init(self, request: Request, body: memoryview) -> Served:
+        answer = fusewire.encode_init(bytes(body))
+        self._kernel_tells = fusewire.tells_who_is_privileged(answer)
+        return answer
 
     def _ignore(self, request: Request, body: memoryview) -> Served:
         """Whether a process was killed is found out otherwise (``killed``)."""
@@ -263,17 +270,22 @@ class Driver(Operations):
     # -- contents ----------------------------------------------------------------------------------------------
 
     def _open(self, request: Request, body: memoryview) -> Served:
-        flags, _ = fusewire.OPEN_IN.unpack_from(body)
-        return self._opened(self.open(request.node, flags, _context(request)))
+        flags, told = fusewire.OPEN_IN.unpack_from(body)
+        return self._opened(self.open(request.node, flags, _context(request, privileged=self._privileged(told))))
 
     @staticmethod
     async def _opened(work: Coroutine[Any, Any, Any]) -> bytes:
         return _encode_opened(await work)
 
     def _create(self, request: Request, body: memoryview) -> Served:
-        flags, mode, umask, _ = fusewire.CREATE_IN.unpack_from(body)
+        flags, mode, umask, told = fusewire.CREATE_IN.unpack_from(body)
         name = _name(body[fusewire.CREATE_IN.size :])
-        return self._created(self.create(request.node, name, mode, flags, _context(request, umask)))
+        context = _context(request, umask, self._privileged(told))
+        return self._created(self.create(request.node, name, mode, flags, context))
+
+    def _privileged(self, open_flags: int) -> bool | None:
+        """Whether who opens a file with O_TRUNC leaves its setuid and setgid: has CAP_FSETID, whatever the user."""
+        return not open_flags & fusewire.OPEN_KILL_SUIDGID if self._kernel_tells else None
 
     @staticmethod
     async def _created(work: Coroutine[Any, Any, Any]) -> bytes:
@@ -319,8 +331,8 @@ def _name(body: memoryview) -> bytes:
     return fusewire.first_name(bytes(body))
 
 
-def _context(request: Request, umask: int = 0) -> Context:
-    return Context(request.uid, request.gid, request.pid, umask)
+def _context(request: Request, umask: int = 0, privileged: bool | None = None) -> Context:
+    return Context(request.uid, request.gid, request.pid, umask, privileged)
 
 
 def _encode_opened(opened: Any) -> bytes:

@@ -152,6 +152,8 @@ class Change(IntFlag):
     KILL_SUIDGID = 1 << 11
 
 
+# A flag of OPEN and CREATE, if HANDLE_KILLPRIV_V2 was agreed upon: who empties the file is not privileged.
+OPEN_KILL_SUIDGID = 1 << 0
 # A flag of WRITE: the writer is not privileged.
 WRITE_KILL_SUIDGID = 1 << 2
 OPENED_DIRECT_IO, OPENED_KEEP_CACHE = 1, 2
@@ -268,6 +270,12 @@ def encode_init(body: bytes) -> bytes:
     return INIT_OUT.pack(
         MAJOR, MINOR, max_readahead, WANTED | (OPTIONAL & flags), 0, 0, MAX_WRITE_BYTES, 1, MAX_PAGES, 0, 0, 0
     )  # fmt: skip
+
+
+def tells_who_is_privileged(answered: bytes) -> bool:
+    """Whether an answer to INIT agrees upon HANDLE_KILLPRIV_V2."""
+    flags: int = INIT_OUT.unpack_from(answered)[3]
+    return bool(flags & Flag.HANDLE_KILLPRIV_V2)
 
 
 def answer(unique: int, length: int, error: int = 0) -> bytes:

@@ -36,7 +36,7 @@ from dfsmount.vfs import Vfs
 from dfsmount.vfs_core import VfsOptions
 from dfsmount.virtual import Virtual
 from dfsmount.virtual_driver import VirtualDriver
-from dfsmount.waiting import Waiting
+from dfsmount.waiting import DIRECT_LIMIT, LIMIT, Waiting
 from metaserver import systemd
 from metaserver.connection import keep_large_buffers
 from metaserver.controlsocket import Control
@@ -287,7 +287,8 @@ class Mounted:
         self._caches = caches
         self.client = client
         self.vfs = client.vfs
-        self._waiting = Waiting(plan.options.timeout, victims=self._victims)
+        limit = LIMIT if plan.options.driver == "libfuse" else DIRECT_LIMIT
+        self._waiting = Waiting(plan.options.timeout, limit=limit, victims=self._victims)
         self._stats = OpStats()
         self._telling = Telling(client, self._waiting, self._stats, str(plan.mountpoint))
         # What the end waits for, and a second signal does not: writing while the mount works, requests in progress, and

@@ -62,12 +62,16 @@ class Asker(Protocol):
 
 
 class Context(NamedTuple):
-    """What pyfuse3 tells in a ``RequestContext``, which only pyfuse3 can make."""
+    """What pyfuse3 tells in a ``RequestContext``, which only pyfuse3 can make.
+
+    ``privileged``: whether an O_TRUNC leaves setuid and setgid where they are; None: the kernel does not tell.
+    """
 
     uid: int
     gid: int
     pid: int
     umask: int
+    privileged: bool | None = None
 
 
 def no_attribute() -> FUSEError:
@@ -133,7 +137,7 @@ def bounded(kind: Kind, *, second: int = 0, called: str = "") -> Callable[[Handl
 
 
 def _caller(ctx: Asker) -> Caller:
-    return Caller(ctx.uid, ctx.gid)
+    return Caller(ctx.uid, ctx.gid, ctx.privileged if isinstance(ctx, Context) else None)
 
 
 class Operations(pyfuse3.Operations):
@@ -378,7 +382,7 @@ class Operations(pyfuse3.Operations):
 
     @bounded(Kind.NAMES)
     async def open(self, inode: int, flags: int, ctx: Asker) -> FileInfo:
-        return _file_info(await self._files.open(self._inside(inode), flags, privileged=ctx.uid == 0))
+        return _file_info(await self._files.open(self._inside(inode), flags, privileged=_caller(ctx).privileged))
 
     @bounded(Kind.NAMES)
     async def create(

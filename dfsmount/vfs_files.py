@@ -94,7 +94,7 @@ class Files:
             core.jobs.start(self._doubt_made, parent, name)
             raise
         if not made.created:
-            return await self._open_existing(made.entry, flags, privileged=caller.uid == 0)
+            return await self._open_existing(made.entry, flags, privileged=caller.privileged)
         inode = core.inodes.changed(made.entry.attributes, asked_at)
         file = self._register(inode, made.entry, True)
         core.files.note_made(file, parent, name)

@@ -28,10 +28,16 @@ _DIRECTORY_TYPE = stat.S_IFDIR >> 12
 
 
 class Caller(msgspec.Struct, gc=False):
-    """Whose process asks."""
+    """Whose process asks. ``told_privileged``: what the kernel says of its CAP_FSETID; None: it does not."""
 
     uid: int
     gid: int
+    told_privileged: bool | None = None
+
+    @property
+    def privileged(self) -> bool:
+        """Whether setuid and setgid stay when it empties a file."""
+        return self.uid == 0 if self.told_privileged is None else self.told_privileged
 
 
 class Listed(msgspec.Struct, gc=False):

@@ -43,6 +43,8 @@ SWEEP_SECONDS = 0.5
 LONG_WAIT_SECONDS = 5.0
 # Three kinds leave 200 of pyfuse3's 2,000 tasks for what never waits (release, forget, cached answers).
 LIMIT = 600
+# Our own driver has no such number of tasks. So many waiting operations take about 10 KB each.
+DIRECT_LIMIT = 10_000
 # The metaserver client ends its own calls at the timeout with a better message; this is for everything else.
 GRACE_SECONDS = 2.0
 # Who asks so soon after an operation was given up has waited behind it, or is the same system call.
@@ -184,6 +186,7 @@ class Waiting:
         clock: Callable[[], float] = trio.current_time,
         is_killed: Callable[[int], bool] = killed.is_killed,
         victims: Callable[[], list[killed.Victim]] = list,
+        first_trace: int | None = None,
     ) -> None:
         self._timeout_seconds = timeout_seconds
         self._deadline_seconds = timeout_seconds + GRACE_SECONDS
@@ -198,7 +201,7 @@ class Waiting:
         self._given_up: dict[Chain, GivenUp] = {}
         self._serial = 0
         # Traces of mounts begin somewhere else each time, so that those of two are rarely the same.
-        self._first_trace = secrets.randbits(32)
+        self._first_trace = secrets.randbits(32) if first_trace is None else first_trace
 
     def __len__(self) -> int:
         return len(self._operations)

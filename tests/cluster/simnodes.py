@@ -591,7 +591,7 @@ class ClientNode(SimNode):
             core = Core(Remote(meta, world.timeout), writer, reader, NoKernel(), VfsOptions(), self.run_sync)
             core.inodes.learn(meta.root, core.inodes.now()).lookups = 1
             vfs.append(Vfs(core, meta.root.ino))
-            self._waiting = Waiting(world.timeout)
+            self._waiting = Waiting(world.timeout, first_trace=0)
             for task in (writer.run, reader.run, vfs[0].run, self._waiting.watch):
                 nursery.start_soon(task)
             self.vfs, self.meta, self._operations = vfs[0], meta, nursery

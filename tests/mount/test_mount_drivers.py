@@ -100,3 +100,33 @@ def test_an_owner_takes_special_bits_and_capabilities_along(place: Path) -> None
     path.write_bytes(b"another program")
     with pytest.raises(OSError, match="No data"):
         os.getxattr(path, "security.capability")
+
+
+@pytest.mark.parametrize(
+    "who",
+    [
+        "--bounding-set -fsetid --inh-caps -fsetid",
+        "--reuid 1000 --regid 1000 --clear-groups --inh-caps +fsetid --ambient-caps +fsetid",
+        "--reuid 1000 --regid 1000 --clear-groups",
+        "",
+    ],
+    ids=["root without CAP_FSETID", "a user with it", "a user", "root"],
+)
+def test_emptying_a_file_asks_for_the_capability_not_the_user(cluster: RealCluster, tmp_path: Path, who: str) -> None:
+    """As on the local disk: setuid and setgid go unless the opener has CAP_FSETID."""
+    modes = []
+    for place in (cluster.mnt, tmp_path):
+        directory = place / "special"
+        directory.mkdir()
+        directory.chmod(0o755)
+        file = directory / "file"
+        file.write_text("12345678")
+        os.chown(file, 1000, 1000)
+        file.chmod(0o6777)
+        # From inside: the user may not pass through the directories above.
+        subprocess.run(["setpriv", *who.split(), "sh", "-c", ": > file"], cwd=directory, check=True)
+        assert file.stat().st_size == 0
+        modes.append(oct(file.stat().st_mode))
+        file.unlink()
+        directory.rmdir()
+    assert modes[0] == modes[1]

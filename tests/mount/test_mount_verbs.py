@@ -111,6 +111,7 @@ def test_gc_collects_now_what_would_wait(own_cluster: RealCluster) -> None:
         wait_until(lambda: garbage(own_cluster)["orphans"] == 1, "the file has no name")
         assert "1 file without a name" in own_cluster.dfs("gc", "--data", own_cluster.data).stdout
         assert held.read(10)
+    own_cluster.dfs("trash", "empty", "--data", own_cluster.data)
     wait_until(lambda: garbage(own_cluster)["waiting_chunks"] >= 1, "a whole chunk is dead")
     before = garbage(own_cluster)
     assert before["orphans"] == 0
@@ -134,6 +135,7 @@ def test_gc_says_when_it_cannot(own_cluster: RealCluster) -> None:
     longest = max(own_cluster.file(path).extents, key=lambda extent: extent.length)
     own_cluster.kill(names[longest.replicas[0].server])
     path.unlink()
+    own_cluster.dfs("trash", "empty", "--data", own_cluster.data)
     wait_until(lambda: garbage(own_cluster)["waiting_chunks"] >= 1, "a whole chunk is dead")
     done = own_cluster.dfs("gc", "--now", "--data", own_cluster.data, check=False)
     assert done.returncode == 1
